@@ -1,0 +1,56 @@
+"""The methods by name, and what they share: a frozen dataclass whose fields are the paper's hyper-parameters.
+
+The fields are also the command-line flags and the recipe keys. Nothing here imports torch, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Protocol
+
+METHODS: dict[str, str] = {
+    "one_shot": "sentei.methods.one_shot:OneShot",
+    "policy_gradient": "sentei.methods.policy_gradient:PolicyGradient",
+    "heal": "sentei.methods.heal:Heal",
+}
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called now and then with at least {"step", "of", "message"}; the caller draws the bar."""
+
+
+class Method(Protocol):
+    """What every method offers. `compress` changes the model in place and returns a JSON-able record of what it did.
+
+    The record holds "kept" (from `structure.kept`, structural methods), "seconds", "history" (a list of dicts) and
+    whatever the method wants in the report.
+    """
+
+    structural: bool
+
+    def compress(
+        self, model: Any, tokenizer: Any, text: Any, *, workdir: Path | None = None, report: Progress | None = None
+    ) -> dict[str, Any]: ...
+
+
+def option(default: Any, help: str, source: str = "") -> Any:
+    """A dataclass field with its help text and the place its default comes from."""
+    return field(default=default, metadata={"help": help, "source": source})
+
+
+def load(name: str) -> type:
+    """The class of a method.
+
+    Raises:
+        ValueError: no such method; names the nearest.
+    """
+    if name not in METHODS:
+        import difflib
+
+        near = difflib.get_close_matches(name, METHODS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no method {name!r}{hint} Known: {', '.join(METHODS)}")
+    module, _, attribute = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,197 @@
+"""Masked equals removed for every family and granularity, exactly; units, budgets and selection."""
+
+import pytest
+import torch
+from conftest import DECODERS, ENCODERS, tiny_model
+
+from sentei import masks, structure
+
+GRANULARITIES = ("heads", "channels", "heads+channels", "sublayers", "layers")
+
+
+def random_keep(units, seed=0, share=0.6):
+    keep = torch.rand(len(units), generator=torch.Generator().manual_seed(seed)) < share
+    if "layers" in units.granularity:
+        keep[0] = True
+    return keep
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("family", DECODERS + ENCODERS)
+def test_masked_equals_removed(family, granularity, attention, tokens):
+    model = tiny_model(family).double()
+    if family != "gemma2":  # softcapping: transformers has it in eager attention only
+        model.set_attn_implementation(attention)
+    units = structure.units(model, granularity)
+    keep = random_keep(units)
+    dense = logits(model, tokens)
+    with masks.masked(model, units, keep):
+        expected = logits(model, tokens)
+    assert torch.equal(logits(model, tokens), dense), "a hook was left behind"
+    before = structure.total_parameters(model)
+    structure.remove(model, units, keep)
+    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-9, rtol=0)
+    assert (expected - dense).abs().max() > 1e-3
+    extra = before - structure.total_parameters(model) - units.removed_parameters(keep)
+    if granularity in ("sublayers", "layers") or family in ENCODERS:
+        assert extra == 0
+    else:  # a sub-layer that lost every unit takes its norms along
+        emptied = sum(len(size.skip) for size in structure.sizes(model))
+        assert (extra == 0) if not emptied else extra > 0
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_whole_sublayers_gone_and_cached_generation(family, tokens):
+    model = tiny_model(family)
+    units = structure.units(model, "heads+channels")
+    keep = random_keep(units)
+    keep[units.of(1, "heads")] = False
+    keep[units.of(2, "channels")] = False
+    structure.remove(model, units, keep)
+    if family != "llama":  # its output biases stay
+        assert [size.skip for size in structure.sizes(model)] == [(), ("attention",), ("mlp",), ()]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    cached = model.generate(tokens, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(tokens, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_dropped_blocks_generate(dropped, tokens):
+    model = tiny_model("gemma3_text")
+    units = structure.units(model, "layers")
+    keep = torch.arange(len(units)) != dropped
+    structure.remove(model, units, keep)
+    assert len(model.config.layer_types) == model.config.num_hidden_layers == 3
+    assert [layer.self_attn.layer_idx for layer in structure.layers(model)] == [0, 1, 2]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options))
+
+
+def test_pruned_again_equals_pruned_once(tokens):
+    once, twice = tiny_model("phi3").double(), tiny_model("phi3").double()
+    units = structure.units(once)
+    first, second = random_keep(units, 1, 0.8), random_keep(units, 2, 0.8)
+    structure.remove(once, units, first & second)
+    structure.remove(twice, units, first)
+    structure.remove(twice, structure.units(twice), second[first])
+    torch.testing.assert_close(logits(once, tokens), logits(twice, tokens), atol=1e-9, rtol=0)
+
+
+def test_fill_becomes_a_bias(any_model, tokens):
+    model = any_model.double()
+    units = structure.units(model)
+    keep = random_keep(units)
+    row = structure.family(model)
+    fill, bias = {}, {}
+    for number, layer in enumerate(structure.layers(model)):
+        for kind in units.granularity:
+            linear = structure.reader(layer, row, kind)
+            mean = torch.randn(linear.in_features, dtype=torch.double)
+            gone = units.index_U[units.of(number, kind)][~keep[units.of(number, kind)]]
+            columns = structure.columns(structure.sizes_of(layer, row), kind, gone)
+            fill[number, kind] = mean
+            bias[number, kind] = (linear.weight[:, columns] @ mean[columns]).detach()
+    with masks.masked(model, units, keep, fill):
+        expected = logits(model, tokens)
+    structure.remove(model, units, keep, bias)
+    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-9, rtol=0)
+
+
+def test_costs_on_hand_numbers():
+    model = tiny_model("llama", attention_bias=False, mlp_bias=False)
+    units = structure.units(model)
+    assert set(units.cost_U[units.of(0, "heads")].tolist()) == {(2 * 2 + 2) * 8 * 24}
+    assert set(units.cost_U[units.of(0, "channels")].tolist()) == {3 * 24}
+    assert units.total == 4 * (3 * 1152 + 40 * 72)
+    assert units.layer_parameters == units.total + 4 * 2 * 24
+    assert structure.units(model, "layers").total == units.layer_parameters
+
+
+def test_unknown_architecture_and_granularity():
+    with pytest.raises(ValueError, match=r"known: llama.*Add an architecture"):
+        structure.family("mamba")
+    for wrong in ("neurons", "heads+layers", "heads+heads"):
+        with pytest.raises(ValueError, match="granularity"):
+            structure.units(tiny_model("llama"), wrong)
+
+
+def units_of(costs, kinds=None, layers=None):
+    n = len(costs)
+    return structure.Units(
+        ("heads", "channels"),
+        torch.tensor(kinds or [1] * n),
+        torch.tensor(layers or [0] * n),
+        torch.arange(n),
+        torch.tensor(costs),
+        max(layers or [0]) + 1,
+        sum(costs),
+    )
+
+
+def test_select_on_hand_numbers():
+    units = units_of([1] * 10)
+    score = torch.tensor([0.9, 0.8, 0.7] + [0.0] * 7)
+    assert masks.select(score, units, 5).sum() == 5  # ties at zero do not keep everything
+    assert masks.select(score, units, 1).sum() == 9
+    units = units_of([4, 1, 1, 2])
+    score = torch.tensor([0.9, 0.8, 0.3, 0.85])
+    for budget, expected in ((4, [0]), (5, [0, 1]), (3, [1, 3])):
+        assert masks.select(score, units, 8 - budget).nonzero().flatten().tolist() == expected
+    tie = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert masks.select(torch.zeros(4), units_of([1] * 4), 2, tie_break_U=tie).nonzero().flatten().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("scope", ["global", "family", "layer"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.1, 0.3, 0.55])
+def test_budget_is_met_to_within_one_unit(scope, sparsity):
+    units = structure.units(tiny_model("qwen3"))
+    target = masks.removal_target(units, sparsity)
+    score = torch.rand(len(units), generator=torch.Generator().manual_seed(3))
+    removed = units.removed_parameters(masks.select(score, units, target, scope))
+    assert target <= removed < target + int(units.cost_U.max())
+
+
+def test_layer_scope_spreads_evenly():
+    units = structure.units(tiny_model("llama"), "channels")
+    score = torch.arange(len(units)).float()  # later layers look better; each must still lose its share
+    keep = masks.select(score, units, masks.removal_target(units, 0.2), "layer")
+    kept = [int(keep[units.of(layer, "channels")].sum()) for layer in range(4)]
+    assert max(kept) - min(kept) <= 1
+
+
+def test_uniform_and_rounded():
+    units = structure.units(tiny_model("llama"))
+    score = torch.rand(len(units), generator=torch.Generator().manual_seed(3))
+    keep = masks.select(score, units, masks.removal_target(units, 0.4), uniform=True, round_to=4)
+    kept = {(int(keep[units.of(i, "heads")].sum()), int(keep[units.of(i, "channels")].sum())) for i in range(4)}
+    assert len(kept) == 1 and next(iter(kept))[1] % 4 == 0
+    keep = masks.select(score, units, masks.removal_target(units, 0.4), round_to=8)
+    assert all(int(keep[units.of(i, "channels")].sum()) % 8 == 0 for i in range(4))
+    assert units.removed_parameters(keep) >= masks.removal_target(units, 0.4)
+    with pytest.raises(ValueError, match="round_to 64"):
+        masks.select(score, units, 100, round_to=64)
+    with pytest.raises(ValueError, match="no channels would be left"):
+        masks.select(score, units, masks.removal_target(units, 0.9), uniform=True, round_to=32)
+
+
+def test_unreachable_budgets():
+    units = structure.units(tiny_model("llama"), "heads")
+    with pytest.raises(ValueError, match="all heads together hold"):
+        masks.removal_target(units, 0.9)
+    with pytest.raises(ValueError, match=r"got 1\.2"):
+        masks.removal_target(units, 1.2)
+
+
+def test_no_trace_after_an_exception(tokens):
+    model = tiny_model("llama")
+    units = structure.units(model, "layers")
+    with pytest.raises(RuntimeError), masks.masked(model, units, torch.zeros(4, dtype=torch.bool)):
+        raise RuntimeError
+    assert all("forward" not in layer.__dict__ for layer in structure.layers(model))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
