@@ -1,0 +1,200 @@
+"""Losses against a teacher: cross-entropy on the text and KL(teacher || student) on the teacher's predictions.
+
+For a vocabulary of 49,152 words the logits of 1,024 tokens take 200 MB in fp32, and a loss written in the usual way
+holds half a dozen such tensors. Here the LM head and both losses run over chunks of tokens: the gradient of the loss
+with respect to a chunk's logits has a closed form, is taken back through the head at once, and the chunk is forgotten.
+
+Shape legend: B batch, T positions, N targets (positions with a target, of all rows), H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sentei import structure
+from sentei.train import IGNORE, Batch
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over targets; logits [..., V], targets [...] with -100 where nothing is asked."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE)
+
+
+def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Mean over positions of t^2 KL(teacher || student), both softened by the temperature t.
+
+    The factor t^2 keeps the size of the gradient when t changes (arXiv 1503.02531, section 2.1).
+
+    Args:
+        student_logits, teacher_logits: [..., V].
+        mask: [...] bool, True where the position counts; None counts all.
+    """
+    log_p = (student_logits.float() / temperature).log_softmax(-1)
+    log_q = (teacher_logits.float() / temperature).log_softmax(-1)
+    each = (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
+    return each.mean() if mask is None else each[mask].mean()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns the last hidden state of a causal model into logits: its output linear, and Gemma's soft cap."""
+
+    linear: nn.Module
+    softcap: float | None = None
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        logits_NV = self.linear(hidden_NH)
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+
+def head(model: nn.Module) -> Head | None:
+    """The LM head of a causal model; None for encoders and for models with another task."""
+    linear = model.get_output_embeddings() if structure.is_causal(model) else None
+    if linear is None:
+        return None
+    return Head(linear, model.config.to_dict().get("final_logit_softcapping"))
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, ids_BT: Tensor) -> None:
+    """Compare hidden states taken through `head` with the model's own logits, once, on a few tokens.
+
+    Raises:
+        ValueError: the model does something else to its logits, which the losses here would miss.
+    """
+    found = head(model)
+    if found is None:
+        return
+    own = model(input_ids=ids_BT, use_cache=False).logits
+    ours = found(structure.base_model(model)(input_ids=ids_BT, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), ours.float(), atol=1e-3, rtol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the LM head in a way that sentei.distill.Head does not "
+            "know; add it there"
+        )
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """ce_weight * cross-entropy + kl_weight * t^2 KL(teacher || student), means over a batch's targets.
+
+    A loss function for `sentei.train.train`: call it with the student and a batch; it returns "loss", "ce" and, with a
+    teacher, "kl". The teacher sees the same inputs, in inference mode; give it in eval mode.
+
+    Attributes:
+        teacher: None leaves cross-entropy alone, whatever `kl_weight` says.
+        chunk: tokens whose logits exist at one time.
+    """
+
+    teacher: nn.Module | None = None
+    temperature: float = 1.0
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    chunk: int = 128
+
+    def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        targets = batch["targets"]
+        wanted = targets != IGNORE
+        inputs = {name: x for name, x in batch.items() if name != "targets"}
+        student_head = head(student)
+        if student_head is None:
+            return self._plain(student, inputs, targets, wanted)
+        hidden_NH = _hidden(student, inputs)[wanted]
+        teacher_NH = teacher_head = None
+        if self.teacher is not None:
+            teacher_head = head(self.teacher)
+            with torch.inference_mode():
+                teacher_NH = _hidden(self.teacher, inputs)[wanted]
+        parameters = [p for p in student_head.linear.parameters() if p.requires_grad]
+        differentiate = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(parameters))
+        loss, ce, divergence = _HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            hidden_NH, student_head, teacher_NH, teacher_head, targets[wanted], self, differentiate, *parameters
+        )
+        return {"loss": loss, "ce": ce} | ({} if self.teacher is None else {"kl": divergence})
+
+    def _plain(self, student: nn.Module, inputs: Batch, targets: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """Encoders: few positions of a sequence have a target, so their logits are small."""
+        logits_NV = student(**inputs).logits[wanted]
+        ce = cross_entropy(logits_NV, targets[wanted])
+        if self.teacher is None:
+            return {"loss": self.ce_weight * ce, "ce": ce.detach()}
+        with torch.inference_mode():
+            teacher_NV = self.teacher(**inputs).logits[wanted]
+        # A tensor made in inference mode may not be kept for a backward pass; its clone may.
+        divergence = kl(logits_NV, teacher_NV.clone(), self.temperature)
+        loss = self.ce_weight * ce + self.kl_weight * divergence
+        return {"loss": loss, "ce": ce.detach(), "kl": divergence.detach()}
+
+
+def _hidden(model: nn.Module, inputs: Batch) -> Tensor:
+    return structure.base_model(model)(**inputs, use_cache=False).last_hidden_state
+
+
+class _HeadLoss(torch.autograd.Function):
+    """LM head and both losses over chunks of tokens; the gradients are made in the forward pass and only scaled later.
+
+    With p = softmax(z), p_t = softmax(z / t) and q_t = softmax(teacher / t), the gradient with respect to the logits z
+    is ce_weight (p - onehot) + kl_weight t (p_t - q_t), over the number of targets.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        student: Head,
+        teacher_NH: Tensor | None,
+        teacher: Head | None,
+        targets_N: Tensor,
+        weights: Distillation,
+        differentiate: bool,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = max(1, len(targets_N))
+        ce = torch.zeros((), device=hidden_NH.device)
+        divergence = torch.zeros((), device=hidden_NH.device)
+        grad_NH = torch.zeros_like(hidden_NH) if differentiate else None
+        grads = [torch.zeros_like(p) for p in parameters] if differentiate else []
+        t, kl_weight = weights.temperature, weights.kl_weight
+        for start in range(0, len(targets_N), weights.chunk):
+            rows = slice(start, start + weights.chunk)
+            hidden_nH = hidden_NH[rows].detach().requires_grad_(differentiate)
+            with torch.enable_grad() if differentiate else contextlib.nullcontext():
+                logits_nV = student(hidden_nH)
+            z_nV = logits_nV.detach().float()
+            log_p_nV = z_nV.log_softmax(-1)
+            target_n1 = targets_N[rows, None]
+            ce -= log_p_nV.gather(1, target_n1).sum()
+            p_nV = log_p_nV.exp()
+            slope_nV = p_nV * weights.ce_weight
+            slope_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -weights.ce_weight, dtype=z_nV.dtype))
+            if teacher is not None:
+                assert teacher_NH is not None
+                log_q_nV = (teacher(teacher_NH[rows]).float() / t).log_softmax(-1)
+                if t != 1:
+                    log_p_nV = (z_nV / t).log_softmax(-1)
+                    p_nV = log_p_nV.exp()
+                q_nV = log_q_nV.exp()
+                divergence += torch.dot(q_nV.flatten(), log_q_nV.sub_(log_p_nV).flatten()) * t**2
+                slope_nV.add_(p_nV.sub_(q_nV), alpha=kl_weight * t)
+            if grad_NH is not None:
+                slope_nV = slope_nV.div_(count).to(logits_nV.dtype)
+                grad_nH, *more = torch.autograd.grad(logits_nV, [hidden_nH, *parameters], slope_nV)
+                grad_NH[rows] = grad_nH
+                for total, new in zip(grads, more, strict=True):
+                    total += new
+        ctx.save_for_backward(*([grad_NH, *grads] if grad_NH is not None else []))
+        ce, divergence = ce / count, divergence / count
+        loss = weights.ce_weight * ce + (kl_weight * divergence if teacher is not None else 0.0)
+        ctx.mark_non_differentiable(ce, divergence)
+        return loss, ce, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_NH, *grads = (grad * outputs[0] for grad in ctx.saved_tensors)
+        return grad_NH, None, None, None, None, None, None, *grads
