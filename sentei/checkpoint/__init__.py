@@ -1,0 +1,26 @@
+"""Load and save checkpoints: what is read, in which form a pruned model is written, and what is written about it.
+
+    model, tokenizer = load("parent/")                 # folder, .gguf file or Hugging Face hub id
+    save(model, tokenizer, "small/", parent="parent/", record=stage)
+
+reading.py checks before it loads; forms.py finds the configuration and tensors of each way to write a model;
+writing.py writes, reloads in a fresh process, and only then shows the folder under its name; card.py words the README.
+"""
+
+from sentei.checkpoint.forms import SHAPES, Form, form
+from sentei.checkpoint.reading import Source, example_model, inspect, load
+from sentei.checkpoint.writing import check_output, save
+from sentei.remote import register
+
+__all__ = [
+    "SHAPES",
+    "Form",
+    "Source",
+    "check_output",
+    "example_model",
+    "form",
+    "inspect",
+    "load",
+    "register",
+    "save",
+]
