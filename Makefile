@@ -17,7 +17,7 @@ PYTEST ?=
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	$(BIN)/sentei demo --out demo
+	$(BIN)/sentei run recipes/demo.yaml
 
 # Two workers with one thread each: tiny models gain nothing from more threads, and threads of several workers fight.
 test: .venv/installed-test
