@@ -251,6 +251,8 @@ def train(
     accelerator = Accelerator(mixed_precision="no")  # autocast is ours: accelerate's is fixed for the whole process
     device = next(iter(trained.values())).device
     if accelerator.num_processes > 1:
+        if settings.seconds is not None:  # clocks differ, and one process would wait for the others for ever
+            raise ValueError(f"a time limit works in one process, there are {accelerator.num_processes}; give steps")
         device = accelerator.device
         model.to(device)
     objective = accelerator.prepare_model(_Objective(model, loss_function), device_placement=False)

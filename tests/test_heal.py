@@ -247,6 +247,14 @@ def test_without_a_teacher(pruned, tokenizer, text):
     assert "kl" not in record["history"][-1]["losses"]
 
 
+def test_no_forward_of_a_teacher_that_does_not_count(pruned, tokenizer, text):
+    class Never(LlamaForCausalLM):
+        def forward(self, *_, **__):
+            raise AssertionError("the teacher ran")
+
+    short(steps=2, kl_weight=0.0).compress(pruned, tokenizer, text, teacher=Never(tiny().config))
+
+
 def test_the_teacher_is_not_touched(pruned, parent, tokenizer, text):
     old = weights(parent)
     short(steps=3).compress(pruned, tokenizer, text, teacher=parent)

@@ -16,8 +16,8 @@ from the parent); here it is one stage that follows any of them.
 
 Where rounding happens. Trained numbers (adapters, or all weights in "full") are fp32 throughout. Weights that came in
 16 bits are rounded once, at the end: W + (alpha / r) B A is computed in fp32 and cast to W's own dtype. Weights that
-came in fp32 are not rounded here; saving them in 16 bits rounds them then. "loss_after" is measured on the merged weights in
-the dtype they are returned in.
+came in fp32 are not rounded here, but when they are saved in 16 bits. "loss_after" is measured on the merged weights,
+in the dtype that they are returned in.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ class Heal:
 
         before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         was_training = model.training
+        if not self.kl_weight:
+            teacher = None
         if teacher is not None:
             teacher.eval()
         if precision == "fp32":  # a 16-bit product is slow on such a device, and these casts are exact both ways
