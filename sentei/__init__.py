@@ -73,7 +73,8 @@ class _RegisterWithTransformers(MetaPathFinder):
 
 
 def _register() -> None:
-    importlib.import_module("sentei.checkpoint").register()
+    if importlib.util.find_spec("sentei.checkpoint"):
+        importlib.import_module("sentei.checkpoint").register()
 
 
 if _RegisterWithTransformers.trigger in sys.modules:

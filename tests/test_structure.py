@@ -103,6 +103,26 @@ def test_fill_becomes_a_bias(any_model, tokens):
     torch.testing.assert_close(logits(model, tokens), expected, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_sliced_equals_masked(any_model, granularity, tokens):
+    model = any_model.double()
+    units = structure.units(model, granularity)
+    keep = random_keep(units)
+    for kind in ("heads", "channels"):
+        keep[units.of(1, kind)] = False
+    fill = {
+        (number, kind): torch.randn(structure.reader(layer, structure.family(model), kind).in_features)
+        for number, layer in enumerate(structure.layers(model))
+        for kind in ("heads", "channels")
+    }
+    for filled in (None, fill):
+        with masks.masked(model, units, keep, filled):
+            expected = logits(model, tokens)
+        with masks.sliced(model, units, keep, filled):
+            torch.testing.assert_close(logits(model, tokens), expected, atol=1e-9, rtol=0)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
 def test_costs_on_hand_numbers():
     model = tiny_model("llama", attention_bias=False, mlp_bias=False)
     units = structure.units(model)

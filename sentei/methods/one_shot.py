@@ -1,0 +1,125 @@
+"""One-shot pruning: score every unit once, keep the best under the parameter budget. The peers everyone compares with.
+
+=================  ===========================================================  ===============================
+criterion          score                                                        source
+=================  ===========================================================  ===============================
+random             uniform noise from the seed                                  -
+magnitude          mean |w| of the unit                                         -
+wanda              |W| times input norm, layer by layer ("Wanda-sp")            arXiv 2306.11695, 2312.11983
+flap               input variance times squared weight norm, standardised       arXiv 2312.11983
+taylor             |dL/dm|; the one criterion that needs a backward pass        arXiv 2305.11627
+block_influence    1 - cos(block input, block output) ("ShortGPT")              arXiv 2403.03853
+greedy             drop the block whose loss rises least, again and again       arXiv 2402.09025 ("SLEB")
+=================  ===========================================================  ===============================
+
+1. Score the units on calibration text                                  `_scores`, `_greedy`
+2. Keep the best under the budget                                       `masks.select`
+3. Make up for what goes: mean activations or a least-squares refit     `structural.cut`
+4. Cut                                                                  `structure.remove`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sentei import importance, masks
+from sentei.methods import Progress, option
+from sentei.methods.structural import Structural
+
+CRITERIA = ("random", "magnitude", "wanda", "flap", "taylor", "block_influence", "greedy")
+WHOLE = ("block_influence", "greedy")  # criteria over whole blocks or sub-layers
+
+
+@dataclass(frozen=True)
+class OneShot(Structural):
+    """Score once, cut once."""
+
+    paper: ClassVar[str] = "peers: magnitude, Wanda-sp, FLAP, LLM-Pruner's Taylor, ShortGPT, SLEB"
+
+    criterion: str = option("wanda", f"one of {', '.join(CRITERIA)}")
+    granularity: str = option(
+        "auto", "heads+channels, heads, channels, layers or sublayers; auto: layers for block_influence and greedy"
+    )
+    scope: str = option(
+        "auto",
+        "layer: every layer and kind loses the same fraction; family: every kind; global: all units compete; "
+        "auto: global for flap, taylor and whole blocks, layer otherwise",
+    )
+    sequential: bool = option(True, "wanda: feed the pruned layer's output to the next layer", "arXiv 2306.11695")
+
+    def check(self) -> None:
+        super().check()
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion is one of {', '.join(CRITERIA)}; got {self.criterion!r}")
+        if self.whole != (self.criterion in WHOLE) and self.criterion != "random":
+            fits = "layers or sublayers" if self.criterion in WHOLE else "heads, channels or heads+channels"
+            raise ValueError(f"criterion {self.criterion} scores {fits}; got granularity {self.resolved_granularity!r}")
+
+    @property
+    def resolved_granularity(self) -> str:
+        if self.granularity != "auto":
+            return self.granularity
+        return "layers" if self.criterion in WHOLE else "heads+channels"
+
+    @property
+    def resolved_scope(self) -> str:
+        if self.scope != "auto":
+            return self.scope
+        return "global" if self.whole or self.criterion in ("flap", "taylor") else "layer"
+
+    def compress(
+        self,
+        model: Any,
+        tokenizer: Any,
+        text: Any,
+        *,
+        workdir: Path | None = None,
+        report: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Prune `model` in place; returns the record for compression.json."""
+        run = self.start(model, tokenizer, text, report)
+        if self.criterion == "greedy":
+            keep_U = self._greedy(run)
+        else:
+            score_U = self._scores(run)
+            keep_U = self.select(score_U, run.units, self.resolved_scope)
+        return self.cut(run, keep_U) | {"scope": self.resolved_scope}
+
+    def _scores(self, run: Any) -> Tensor:
+        model, units, tick = run.model, run.units, run.tick
+        if self.criterion == "random":
+            return torch.rand(len(units), generator=torch.Generator().manual_seed(self.seed))
+        if self.criterion == "magnitude":
+            return importance.magnitude(model, units)
+        blocks_NT = run.calibration
+        if self.criterion == "wanda":
+            fraction = masks.removal_target(units, self.sparsity) / units.total
+            return importance.wanda(model, units, blocks_NT, fraction, sequential=self.sequential, tick=tick)
+        if self.criterion == "flap":
+            return importance.flap(model, units, blocks_NT)
+        if self.criterion == "taylor":
+            score_U = importance.taylor(model, units, blocks_NT, run.loss, tick=tick)
+            # A global choice buys parameters with importance, so what counts is importance per parameter.
+            return score_U / units.cost_U if self.resolved_scope == "global" else score_U
+        return importance.block_influence(model, units, blocks_NT)
+
+    @torch.no_grad()
+    def _greedy(self, run: Any) -> Tensor:
+        """Drop the unit without which the calibration loss is lowest, until the budget is met."""
+        units, target = run.units, masks.removal_target(run.units, self.sparsity)
+        keep_U = torch.ones(len(units), dtype=torch.bool)
+        while units.removed_parameters(keep_U) < target:
+            losses: dict[int, float] = {}
+            for unit in keep_U.nonzero().flatten().tolist():
+                keep_U[unit] = False
+                with masks.masked(run.model, units, keep_U):
+                    losses[unit] = run.mean_loss(run.calibration)
+                keep_U[unit] = True
+                run.tick("trying blocks", units.removed_parameters(keep_U) + len(losses), target + len(units))
+            keep_U[min(losses, key=lambda unit: losses[unit])] = False
+        return keep_U

@@ -1,0 +1,160 @@
+"""What every structural method shares: the budget and shape fields, calibration text, compensation and the cut."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sentei import data, importance, masks, structure
+from sentei.distill import Distillation
+from sentei.methods import Progress, option
+from sentei.structure import Units
+from sentei.train import causal_batch, masked_batch, mix
+
+COMPENSATIONS = ("auto", "none", "mean", "least-squares")
+SHAPES = ("heterogeneous", "uniform", "padded")
+
+
+@dataclass
+class Run:
+    """One compression under way: the model, its units and the text it is judged on."""
+
+    model: nn.Module
+    tokenizer: Any
+    units: Units
+    text: Any
+    method: Structural
+    report: Progress | None
+    began: float
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """[N, T] token ids of the training part of the text."""
+        method = self.method
+        return self.blocks(method.calibration_samples, method.calibration_seq_len)
+
+    def blocks(self, num: int | None, seq_len: int, part: str = "train") -> Tensor:
+        documents = getattr(self.text, part)
+        return data.blocks(documents, self.tokenizer, seq_len, num=num, seed=self.method.seed)
+
+    def loss(self, model: nn.Module, ids_BT: Tensor, seed: int = 0) -> Tensor:
+        """Mean next-token cross-entropy; for encoders that of 15 % masked tokens, chosen by the seed."""
+        ids_BT = ids_BT.to(next(model.parameters()).device)
+        if structure.is_causal(model):
+            batch = causal_batch(ids_BT)
+        else:
+            batch = masked_batch(ids_BT, self.tokenizer, seed=mix(self.method.seed, seed))
+        return Distillation(chunk=1024)(model, batch)["loss"]
+
+    @torch.no_grad()
+    def mean_loss(self, blocks_NT: Tensor, batch_size: int = 8) -> float:
+        batches = blocks_NT.split(batch_size)
+        total = sum(float(self.loss(self.model, ids_BT, i)) * len(ids_BT) for i, ids_BT in enumerate(batches))
+        return total / len(blocks_NT)
+
+    def tick(self, what: str, done: int, of: int) -> None:
+        if self.report is not None:
+            self.report({"step": done, "of": of, "message": what})
+
+
+@dataclass(frozen=True)
+class Structural:
+    """Fields and steps of every method that removes units."""
+
+    structural: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+
+    sparsity: float = option(0.3, "fraction of the decoder-layer parameters to remove, in [0, 1)")
+    granularity: str = option("heads+channels", "heads+channels, heads, channels, sublayers or layers")
+    compensate: str = option(
+        "none", "none; mean: a removed unit leaves its mean activation as a bias; least-squares: refit the kept weights"
+    )
+    shape: str = option(
+        "heterogeneous", "heterogeneous: layers differ in width; uniform: all alike; padded: zero-filled"
+    )
+    round_to: int = option(1, "keep channels in multiples of this")
+    calibration_samples: int = option(128, "blocks of calibration text")
+    calibration_seq_len: int = option(128, "tokens per block")
+    ridge: float = option(0.01, "least-squares: pull towards the old weights, in units of the mean input variance")
+    seed: int = option(0, "for every random choice")
+
+    def check(self) -> None:
+        """Refuse what cannot work, before any model is loaded.
+
+        Raises:
+            ValueError: which field, what was expected.
+        """
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is the fraction of decoder-layer parameters removed, in [0, 1); got {self.sparsity}"
+            )
+        if self.compensate not in COMPENSATIONS:
+            raise ValueError(f"compensate is one of {', '.join(COMPENSATIONS)}; got {self.compensate!r}")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape is one of {', '.join(SHAPES)}; got {self.shape!r}")
+        for name in ("round_to", "calibration_samples", "calibration_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.compensate in COMPENSATIONS[2:] and self.whole:
+            raise ValueError(
+                f"compensate={self.compensate} is for heads and channels; use none with {self.resolved_granularity}"
+            )
+
+    @property
+    def resolved_granularity(self) -> str:
+        return self.granularity
+
+    @property
+    def whole(self) -> bool:
+        """True when the units are whole blocks or sub-layers."""
+        return not set(structure.parse_granularity(self.resolved_granularity)) & {"heads", "channels"}
+
+    @property
+    def resolved_compensate(self) -> str:
+        return ("none" if self.whole else "mean") if self.compensate == "auto" else self.compensate
+
+    def start(self, model: nn.Module, tokenizer: Any, text: Any, report: Progress | None) -> Run:
+        self.check()
+        model.eval()
+        units = structure.units(model, self.resolved_granularity)
+        masks.removal_target(units, self.sparsity)
+        return Run(model, tokenizer, units, text, self, report, time.monotonic())
+
+    def select(self, score_U: Tensor, units: Units, scope: str, tie_break_U: Tensor | None = None) -> Tensor:
+        target = masks.removal_target(units, self.sparsity)
+        uniform, round_to = self.shape == "uniform", self.round_to if "channels" in units.granularity else 1
+        return masks.select(score_U, units, target, scope, tie_break_U=tie_break_U, uniform=uniform, round_to=round_to)
+
+    def cut(self, run: Run, keep_U: Tensor) -> dict[str, Any]:
+        """Compensate, remove, and account for it."""
+        units, model = run.units, run.model
+        found = time.monotonic()
+        bias = None
+        if keep_U.all():
+            pass
+        elif self.resolved_compensate == "mean":
+            bias = importance.mean_bias(model, units, keep_U, importance.mean_fill(model, units, run.calibration))
+        elif self.resolved_compensate == "least-squares":
+            bias = importance.refit(model, units, keep_U, run.calibration, ridge=self.ridge, tick=run.tick)
+        before = structure.layer_parameters(model), structure.total_parameters(model)
+        account = structure.kept(units, keep_U)
+        structure.remove(model, units, keep_U, bias)
+        after = structure.layer_parameters(model), structure.total_parameters(model)
+        ended = time.monotonic()
+        return {
+            "kept": account,
+            "asked_sparsity": self.sparsity,
+            "compensate": self.resolved_compensate,
+            "removed_of_layers": 1 - after[0] / before[0],
+            "removed_of_model": 1 - after[1] / before[1],
+            "removed_parameters": before[1] - after[1],
+            "search_seconds": found - run.began,
+            "cut_seconds": ended - found,
+            "seconds": ended - run.began,
+            "history": [],
+        }

@@ -1,0 +1,152 @@
+"""Scores on planted units, compensation against exact solutions."""
+
+import pytest
+import torch
+from conftest import DECODERS, ENCODERS, tiny_model
+
+from sentei import importance, masks, structure
+from sentei.distill import Distillation
+from sentei.train import causal_batch
+
+
+def blocks(n=8, t=12, seed=0):
+    return torch.randint(5, 128, (n, t), generator=torch.Generator().manual_seed(seed))
+
+
+def loss(model, ids):
+    return Distillation()(model, causal_batch(ids))["loss"]
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens).logits
+
+
+SCORES = {
+    "magnitude": lambda m, u: importance.magnitude(m, u),
+    "wanda": lambda m, u: importance.wanda(m, u, blocks(), 0.3),
+    "flap": lambda m, u: importance.flap(m, u, blocks()),
+    "taylor": lambda m, u: importance.taylor(m, u, blocks(), loss),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+def test_useless_units_score_least(family, name):
+    model = tiny_model(family)
+    row, units = structure.family(model), structure.units(model)
+    with torch.no_grad():
+        for layer in structure.layers(model):
+            for kind in units.granularity:  # unit 1 is useless, in every layer
+                size = structure.sizes_of(layer, row)
+                reader = structure.reader(layer, row, kind)
+                reader.weight[:, structure.columns(size, kind, torch.tensor([1]))] *= 1e-4
+                if kind == "channels":
+                    for path in row.up:
+                        structure.part(layer, path).weight[[1, 41] if row.fused_up else [1]] *= 1e-4
+    score = SCORES[name](model, units)
+    for number in range(units.num_layers):
+        for kind in units.granularity:
+            if name == "magnitude" and kind == "heads":
+                continue  # its q, k and v are as large as ever
+            assert int(score[units.of(number, kind)].argmin()) == 1, (number, kind)
+
+
+@pytest.mark.parametrize("family", DECODERS + ENCODERS)
+def test_replay_is_the_forward_pass(family):
+    model = tiny_model(family)
+    ids = blocks(5)
+    with torch.no_grad():
+        output = structure.base_model(model)(input_ids=ids, output_hidden_states=True)
+    replay = importance.Replay(model, ids, batch_size=2)
+    for number in range(len(replay.layers) - 1):  # the last hidden state is after the final norm
+        replay.advance(number)
+        torch.testing.assert_close(torch.cat(replay.hidden), output.hidden_states[number + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_block_influence_finds_an_idle_block():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            model.get_submodule(f"model.layers.2.{name}").weight.zero_()
+            model.get_submodule(f"model.layers.2.{name}").bias.zero_()
+    score = importance.block_influence(model, structure.units(model, "layers"), blocks())
+    assert abs(score[2]) < 1e-5 and int(score.argmin()) == 2
+    score = importance.block_influence(model, structure.units(model, "sublayers"), blocks())
+    assert set(score.argsort()[:2].tolist()) == {4, 5}
+
+
+def test_wanda_on_hand_numbers():
+    model = tiny_model("llama", num_hidden_layers=1)
+    ids = blocks(4)
+    units = structure.units(model, "channels")
+    seen = []
+    handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
+    logits(model, ids)
+    handle.remove()
+    norm = seen[0].square().sum(1).mean(0).sqrt()  # over tokens, then the mean over sequences
+    expected = model.model.layers[0].mlp.down_proj.weight.abs().mean(0) * norm
+    torch.testing.assert_close(importance.wanda(model, units, ids, 0.3).float(), expected.detach(), rtol=1e-4, atol=0)
+
+
+def random_keep(units, share=0.7):
+    return torch.rand(len(units), generator=torch.Generator().manual_seed(1)) < share
+
+
+def test_mean_bias_equals_mean_fill(any_model, tokens):
+    model = any_model.double()
+    units = structure.units(model)
+    keep, fill = random_keep(units), importance.mean_fill(model, units, blocks())
+    with masks.masked(model, units, keep, fill):
+        expected = logits(model, tokens)
+    structure.remove(model, units, keep, importance.mean_bias(model, units, keep, fill))
+    torch.testing.assert_close(logits(model, tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_solve_matches_direct_least_squares():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, 6, generator=generator).double(), torch.randn(3, 6, generator=generator).double()
+    y = x + 0.3 * torch.randn(200, 6, generator=generator).double() + 0.5
+    kept = torch.tensor([True, True, False, True, True, False])
+    cross = importance._Cross(6)
+    cross.add(x, y)
+    new, shift = importance._solve(weight, kept, cross, 0.0, True)
+    design = torch.cat([x[:, kept], torch.ones(200, 1).double()], 1)
+    expected = torch.linalg.lstsq(design, y @ weight.T).solution.T
+    torch.testing.assert_close(new[:, kept], expected[:, :4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(shift, expected[:, 4], atol=1e-5, rtol=1e-5)
+    assert not new[:, ~kept].any()
+    held, _ = importance._solve(weight, kept, cross, 1e9, True)
+    torch.testing.assert_close(held[:, kept], weight[:, kept], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])
+def test_refit_undoes_a_redundant_cut(family, tokens):
+    """Channel 0 copies channel 1, so the fit can move its weight there and lose nothing."""
+    model = tiny_model(family)
+    row, units = structure.family(model), structure.units(model)
+    with torch.no_grad():
+        for layer in structure.layers(model):
+            for path in row.up:
+                linear = structure.part(layer, path)
+                pairs = [(0, 1), (40, 41)] if row.fused_up else [(0, 1)]
+                for copy, original in pairs:
+                    linear.weight[copy] = linear.weight[original]
+                    if linear.bias is not None:
+                        linear.bias[copy] = linear.bias[original]
+    keep = torch.ones(len(units), dtype=torch.bool)
+    for number in range(units.num_layers):
+        keep[units.of(number, "channels")[0]] = False
+    dense = logits(model, tokens)
+    with masks.masked(model, units, keep):
+        lost = (logits(model, tokens) - dense).abs().max()
+    bias = importance.refit(model, units, keep, blocks(64), ridge=1e-5)
+    structure.remove(model, units, keep, bias)
+    assert (logits(model, tokens) - dense).abs().max() < 0.2 * lost
+
+
+def test_refit_needs_enough_tokens():
+    model = tiny_model("llama")
+    units = structure.units(model)
+    with pytest.raises(ValueError, match="at least 96 calibration tokens"):
+        importance.refit(model, units, random_keep(units), blocks(2))

@@ -1,0 +1,253 @@
+"""The paper's maths on hand numbers and by enumeration; the search on planted units; killed and resumed."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from sentei import data, masks, structure
+from sentei.methods import policy_gradient as pg
+from sentei.methods.policy_gradient import PolicyGradient, estimate, project, sigmap
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs far away into woods "
+TEXT = data.Text([WORDS * 40] * 3, [WORDS * 20], [WORDS], "words", "0")
+QUICK = {
+    "calibration_samples": 4, "calibration_seq_len": 16, "seq_len": 16, "batch_size": 2, "coarse_steps": 4,
+    "eval_every": 2, "eval_samples": 4, "save_every": 1,
+}  # fmt: skip
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.double)
+
+
+S = double(0.5, 0.8)
+BITS = double((1, 0), (0, 1))
+LOSSES = double(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline", "expected"),
+    [
+        ("moving_average", 2.1, (-1.00, 0.65)),
+        ("moving_average", 2.5, (-1.00, 1.25)),  # the first step: d is the mean itself
+        ("leave_one_out", 0.0, (-1.80, 2.25)),
+        ("antithetic", 0.0, (-0.90, 1.80)),
+    ],
+)
+def test_one_step_on_hand_numbers(name, baseline, expected):
+    found = estimate(name, BITS, S, LOSSES, baseline, 5)
+    torch.testing.assert_close(found, double(*expected), atol=1e-5, rtol=0)
+
+
+def loss_of(m):
+    return 1 + 0.5 * m[0] - 0.8 * m[1] + 0.3 * m[2] + 0.4 * m[0] * m[2]
+
+
+@pytest.mark.parametrize("baseline", [0.0, 7.0])
+@pytest.mark.parametrize("name", pg.ESTIMATORS)
+def test_mean_is_the_exact_gradient(name, baseline):
+    """Every pair of masks with its probability: the mean must be 1.8 sqrt(s (1 - s)) dE[L]/ds."""
+    s = double(0.3, 0.5, 0.8)
+    masks_of = [double(*m) for m in itertools.product((0, 1), repeat=3)]
+    total = torch.zeros(3, dtype=torch.double)
+    for a, b in itertools.product(masks_of, repeat=2):
+        if name == "antithetic":  # u and 1 - u: (1, 0) and (0, 1) each min(s, 1 - s), else both as the likelier bit
+            low = torch.minimum(s, 1 - s)
+            same = (s > 0.5).double()
+            chance = torch.where(a != b, low, torch.where(a == same, 1 - 2 * low, torch.zeros(())))
+        else:
+            chance = torch.where(a > 0, s, 1 - s) * torch.where(b > 0, s, 1 - s)
+        losses = torch.stack([loss_of(a), loss_of(b)])
+        d = 0.8 * baseline + 0.2 * float(losses.mean())
+        total += chance.prod() * estimate(name, torch.stack([a, b]), s, losses, d, 5)
+    torch.testing.assert_close(total, double(0.6763882, -0.72, 0.3024), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("z", "w", "budget", "expected"),
+    [
+        ((1.2, 0.9, 0.5, 0.2, -0.1), (1, 1, 1, 1, 1), 2, (1, 0.7, 0.3, 0, 0)),
+        ((0.9, 0.8, 0.3, 1.1), (4, 1, 1, 2), 4, (0.372727, 0.668182, 0.168182, 0.836364)),
+        ((0.2, 1.3), (4, 1), 1, (0, 1)),
+        ((0.3, -0.2, 0.4), (1, 1, 1), 1.5, (0.3, 0, 0.4)),
+    ],
+)
+def test_projection_on_hand_numbers(z, w, budget, expected):
+    torch.testing.assert_close(project(double(*z), double(*w), budget), double(*expected), atol=1e-6, rtol=0)
+
+
+def exact_projection(z, w, budget):
+    """The piecewise linear h(v) solved between its breakpoints."""
+
+    def h(v):
+        return float((w * (z - v * w).clamp(0, 1)).sum())
+
+    if h(0.0) <= budget:
+        return z.clamp(0, 1)
+    points = sorted({0.0, *(p for p in torch.cat([z / w, (z - 1) / w]).tolist() if p > 0)})
+    for a, b in itertools.pairwise(points):
+        if h(a) >= budget >= h(b):
+            v = a if h(a) == h(b) else a + (h(a) - budget) * (b - a) / (h(a) - h(b))
+            return (z - v * w).clamp(0, 1)
+    raise AssertionError
+
+
+def test_projection_equals_an_exact_solver():
+    generator = torch.Generator().manual_seed(0)
+    for case in range(1000):
+        n = int(torch.randint(1, 12, (1,), generator=generator))
+        z = torch.randn(n, generator=generator).double() * 0.8 + 0.5
+        w = torch.ones(n).double() if case % 2 else torch.rand(n, generator=generator).double() * 5 + 0.1
+        budget = float(torch.rand(1, generator=generator)) * float(w.sum())
+        found = project(z, w, budget)
+        assert float((w * found).sum()) <= budget * (1 + 1e-12)
+        torch.testing.assert_close(found, exact_projection(z, w, budget), atol=1e-9, rtol=0)
+
+
+def test_sigmap_on_hand_numbers():
+    metric = double(1, 2, 3, 4)
+    found = sigmap(metric, 0.5)
+    torch.testing.assert_close(found, double(0.238323, 0.404368, 0.595632, 0.761677), atol=1e-5, rtol=0)
+    high, low = sigmap(metric, 0.8), sigmap(metric, 0.2)
+    assert high[-1] == 1 and abs(float(high.mean()) - 0.784581) < 1e-5
+    assert low[0] == 0 and abs(float(low.mean()) - 0.215419) < 1e-5
+    assert torch.equal(sigmap(double(2, 2, 2), 0.7), double(0.7, 0.7, 0.7))  # nothing to tell them apart
+
+
+def test_uniforms_are_exact():
+    u = pg._uniform(0, 1, 2, 10_000)
+    assert torch.equal(1 - (1 - u), u) and float(u.min()) > 0 and float(u.max()) < 1
+    assert torch.equal(u, pg._uniform(0, 1, 2, 10_000)) and not torch.equal(u, pg._uniform(0, 1, 3, 10_000))
+
+
+@pytest.mark.parametrize("name", pg.ESTIMATORS[:3])
+def test_planted_units_are_found(name):
+    """Eight of sixteen units matter; noise common to the masks of a step is as large as their effect."""
+    hits = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        s, d = torch.full((16,), 0.5, dtype=torch.double), None
+        for step in range(400):
+            u = torch.rand(2, 16, generator=generator).double()
+            if name == "antithetic":
+                u[1] = 1 - u[0]
+            bits = (u < s).double()
+            losses = (1 - bits[:, :8]).mean(1) + 0.1 * torch.randn(1, generator=generator).double()
+            d = float(losses.mean()) if d is None else 0.8 * d + 0.2 * float(losses.mean())
+            lr = 0.05 * 0.5 * (1 + math.cos(math.pi * step / 400))
+            s = project(s - lr * estimate(name, bits, s, losses, d, 5), torch.ones_like(s), 8.0)
+        hits += set(s.argsort(descending=True)[:8].tolist()) == set(range(8))
+    assert hits >= 18
+
+
+@pytest.mark.parametrize("fields", [{"coarse_steps": 60}, {"coarse_steps": 0, "steps": 60, "channel_group": 8}])
+def test_a_useless_layer_pays(words, monkeypatch, fields):
+    """The loss counts kept channels everywhere but in layer 2, so layer 2 should give up most of its own."""
+    model = tiny_model("llama")
+    units = structure.units(model, "channels")
+
+    def planted(self, keep_U, step):
+        return 3.0 - float(keep_U[units.layer_U != 2].double().mean())
+
+    monkeypatch.setattr(pg._Search, "_loss", planted)
+    method = PolicyGradient(
+        sparsity=0.15, granularity="channels", coarse_sigma=0.1, coarse_lr=0.1, keep_best=False, **QUICK | fields
+    )
+    method.compress(model, words, TEXT)
+    widths = [size.intermediate_size for size in structure.sizes(model)]
+    assert widths[2] < 0.6 * min(widths[0], widths[1], widths[3]), widths
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"steps": 4, "granularity": "heads+channels"}, {"steps": 6, "granularity": "layers"}],
+)
+def test_killed_and_resumed_equals_never_killed(words, tmp_path, monkeypatch, fields):
+    method = PolicyGradient(sparsity=0.3, **QUICK | fields)
+    whole = method.compress(tiny_model("llama"), words, TEXT)
+    for killed_after in (1, 3, 5):
+        folder = tmp_path / str(killed_after)
+        with monkeypatch.context() as patched:
+            save, saves = pg._Search._save, []
+
+            def dies(self, levels, save=save, saves=saves, killed_after=killed_after):
+                save(self, levels)
+                saves.append(1)
+                if len(saves) == killed_after:
+                    raise KeyboardInterrupt
+
+            patched.setattr(pg._Search, "_save", dies)
+            with pytest.raises(KeyboardInterrupt):
+                method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
+        resumed = method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
+        assert resumed["kept"] == whole["kept"]
+        assert [x["losses"] for x in resumed["history"]] == [x["losses"] for x in whole["history"]]
+    with pytest.raises(ValueError, match=r"belongs to another run \(seed"):
+        PolicyGradient(sparsity=0.3, seed=5, **QUICK | fields).compress(
+            tiny_model("llama"), words, TEXT, workdir=folder
+        )
+
+
+def test_forward_only(words, monkeypatch):
+    def forbidden(thing, *args, **kwargs):
+        if isinstance(thing, torch.nn.Module | torch.Tensor):
+            raise AssertionError("no gradient and no copy of the model")
+        return deepcopy(thing, *args, **kwargs)
+
+    deepcopy = copy.deepcopy
+
+    monkeypatch.setattr(torch.Tensor, "backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: forbidden(model))
+    monkeypatch.setattr("copy.deepcopy", forbidden)
+    model = tiny_model("qwen3")
+    PolicyGradient(sparsity=0.2, **QUICK, steps=2).compress(model, words, TEXT)
+    assert all(parameter.requires_grad and not parameter.is_inference() for parameter in model.parameters())
+
+
+def test_bad_losses_are_dropped_and_counted(words, monkeypatch):
+    method = PolicyGradient(sparsity=0.3, **QUICK)
+    real, calls = pg._Search._loss, []
+
+    def sometimes(self, keep_U, step):
+        calls.append(1)
+        return math.nan if len(calls) == 2 else real(self, keep_U, step)
+
+    monkeypatch.setattr(pg._Search, "_loss", sometimes)
+    assert method.compress(tiny_model("llama"), words, TEXT)["skipped"] == 1
+    monkeypatch.setattr(pg._Search, "_loss", lambda self, keep_U, step: math.nan)
+    with pytest.raises(ValueError, match="try --dtype float32"):
+        PolicyGradient(sparsity=0.3, **QUICK | {"coarse_steps": 30}).compress(tiny_model("llama"), words, TEXT)
+
+
+def test_preset_and_refusals(words):
+    paper = PolicyGradient(preset="paper", batch_size=4)
+    assert (paper.steps, paper.lr, paper.budget, paper.batch_size) == (15_000, 2e-3, "family", 4)
+    for fields, message in (
+        ({"samples": 1}, "divides by samples - 1"),
+        ({"estimator": "antithetic", "samples": 3}, "even number"),
+        ({"granularity": "layers", "init": "wanda"}, "block_influence scores whole blocks"),
+        ({"sparsity": 1.2}, r"got 1\.2"),
+        ({"budget": "both"}, "global or family"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PolicyGradient(**fields).check()
+    short = data.Text(["too short"], ["x"], ["x"], "short", "0")
+    with pytest.raises(ValueError, match=r"found 0 blocks of 16 tokens, need 4"):
+        PolicyGradient(**QUICK).compress(tiny_model("llama"), words, short)
+
+
+def test_family_budget_cuts_both_kinds_alike(words):
+    model = tiny_model("llama")
+    units = structure.units(model)
+    method = PolicyGradient(sparsity=0.4, budget="family", **QUICK)
+    keep = masks.select(torch.rand(len(units)), units, masks.removal_target(units, 0.4), "family")
+    for kind in (0, 1):
+        inside = units.kind_U == kind
+        removed = int(units.cost_U[inside & ~keep].sum()) / int(units.cost_U[inside].sum())
+        assert abs(removed - 0.4) < 0.1
+    method.compress(model, words, TEXT)
+    assert sum(size.num_kv_heads for size in structure.sizes(model)) == 7  # of 12
