@@ -288,7 +288,10 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise ValueError(_pickle_refusal(pickles[0]))
-    raise ValueError(f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json")
+    raise ValueError(
+        f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json (pickled weights, .bin "
+        "or .pt, are not used: convert to safetensors)"
+    )
 
 
 def _pickle_refusal(file: Path) -> str:

@@ -228,8 +228,8 @@ def _verify(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> flo
 def _put_in_place(partial: Path, out: Path) -> None:
     """Rename; an old checkpoint is moved away first and removed last."""
     partial.chmod(0o755)  # mkdtemp makes it private
-    for file in partial.iterdir():
-        file.chmod(0o644)
+    for file in partial.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     if not out.exists() or not any(out.iterdir()):
         partial.replace(out)
         return

@@ -37,6 +37,7 @@ FAMILIES = {
     "DistilBertForTokenClassification DistilBertForQuestionAnswering",
 }
 PER_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "n_heads", "hidden_dim")
+PER_LAYER += ("attention_output_bias", "mlp_output_bias")
 
 
 class SenteiConfig:
@@ -73,6 +74,10 @@ class SenteiModel:
         for index, layer in enumerate(base.get_submodule(layers)):
             size = config.per_layer_config[index]
             build(layer, index, size, set(getattr(size, "skip", ())), config)
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # the attention is the stock one; transformers would guess otherwise from NoAttention below
 
 
 class NoAttention(nn.Module):
