@@ -232,9 +232,9 @@ def _described(method: str) -> list[tuple[str, str]]:
 
 
 def _value_of(flag: str, arguments: list[str]) -> str | None:
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for number, word in enumerate(arguments):
         if word == flag:
-            return following
+            return arguments[number + 1] if number + 1 < len(arguments) else None
         if word.startswith(f"{flag}="):
             return word.partition("=")[2]
     return None

@@ -196,11 +196,14 @@ def compress(
     """
     job = _Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
     text = _load_text(data, text_field)
-    from sentei import checkpoint
+    from sentei import checkpoint, structure
 
     say = report or _silent
     say({"message": f"loading {model}"})
     loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code)
+    _check_positions(loaded, job.method)
+    if job.method.structural:  # what cannot be saved is refused before hours of search
+        _shadow(job, loaded, structure.units(loaded, job.method.resolved_granularity))
     arguments: dict[str, Any] = {}
     if job.teacher is not None:
         say({"message": f"loading the parent {job.teacher}"})
@@ -243,7 +246,7 @@ def plan(
 ) -> dict[str, str]:
     """What `compress` with the same arguments would do: name -> what to print. Nothing is written.
 
-    The model is loaded and cut by a stand-in for the method's choice (the last units of each layer go first), so sizes
+    A twin of the model is cut by a stand-in for the method's choice (the last units of each layer go first), so sizes
     are those of the budget and everything that `compress` would refuse is refused here. Time and memory are of one
     measured forward of the method's own batch.
 
@@ -269,51 +272,65 @@ def plan(
         "data": f"{text.name}: {len(text.train)} documents to train on, {len(text.validation)} to validate, "
         f"{len(text.test)} held out",
     }
+    _check_positions(loaded, job.method)
+    if job.method.structural:
+        units = structure.units(loaded, job.method.resolved_granularity)
+        twin, form = _shadow(job, loaded, units)
+        kinds = {kind: int((units.kind_U == number).sum()) for number, kind in enumerate(structure.KINDS)}
+        left, left_layers = structure.total_parameters(twin), structure.layer_parameters(twin)
+        shares = f"{1 - left_layers / layers:.1%} of the layers, {1 - left / total:.1%} of the model"
+        lines["units"] = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+        lines["may go"] = f"{units.total:,} parameters ({units.total / layers:.1%} of the layers)"
+        lines["will go"] = f"{total - left:,} parameters: {shares}"
+        lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
     batch, seq_len = _batch(job.method)
-    block_NT = texts.blocks(text.train, tokenizer, seq_len, num=batch)
-    device = next(loaded.parameters()).device
+    block_NT = texts.blocks(text.train, tokenizer, seq_len, num=batch).to(next(loaded.parameters()).device)
     with torch.inference_mode():
-        loaded(block_NT[:1].to(device))  # the first forward also fills caches
+        loaded(block_NT[:1])  # the first forward also fills caches
         started = time.monotonic()
-        loaded(block_NT.to(device))
+        loaded(block_NT)
     seconds = time.monotonic() - started
-    lines["time"] = f"{seconds:.2g} s for one forward of {batch} x {seq_len} tokens" + _estimate(job.method, seconds)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters())
     held = psutil.Process().memory_info().rss
+    lines["time"] = f"{seconds:.2g} s for one forward of {batch} x {seq_len} tokens" + _estimate(job.method, seconds)
     lines["memory"] = f"{held / 1e6:,.0f} MB after one forward, {weights / 1e6:,.0f} MB of them the weights"
     if job.teacher is not None:
         lines["memory"] += "; the parent and the training come on top"
-    if job.method.structural:
-        units = structure.units(loaded, job.method.resolved_granularity)
-        kinds = {kind: int((units.kind_U == number).sum()) for number, kind in enumerate(structure.KINDS)}
-        lines["units"] = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
-        lines["may go"] = f"{units.total:,} parameters ({units.total / layers:.1%} of the layers)"
-        _cut_like(job.method, loaded, units)
-        form = checkpoint.form(loaded, job.shape)
-        left, left_layers = structure.total_parameters(loaded), structure.layer_parameters(loaded)
-        shares = f"{1 - left_layers / layers:.1%} of the layers, {1 - left / total:.1%} of the model"
-        lines["will go"] = f"{total - left:,} parameters: {shares}"
-        lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
     if out is not None:
         lines["into"] = str(job.out)
     return lines
 
 
-def _cut_like(method: Any, model: Any, units: Any) -> None:
-    """Remove what the budget asks for, without a search: the same sizes, or the same refusal."""
+def _shadow(job: _Job, model: Any, units: Any) -> tuple[Any, Any]:
+    """A weightless twin of the model, cut to the budget without a search, and the form it would be saved in.
+
+    Raises:
+        ValueError: the budget cannot be reached, or no checkpoint of this shape can hold the result.
+    """
     import torch
 
-    from sentei import structure
+    from sentei import checkpoint, structure
 
     score_U = -units.index_U.double() - 1e-6 * units.layer_U.double()
-    with torch.no_grad():
-        structure.remove(model, units, method.select(score_U, units, "global"))
+    keep_U = job.method.select(score_U, units, "layer" if job.shape == "uniform" else "global")
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    structure.remove(twin, units, keep_U)
+    return twin, checkpoint.form(twin, job.shape)
 
 
 def _batch(method: Any) -> tuple[int, int]:
     """Sequences and tokens of the batch that a method computes with."""
-    values = {"batch_size": 8, "seq_len": 128} | dataclasses.asdict(method)
-    return values["batch_size"], values["seq_len"]
+    values = dataclasses.asdict(method)
+    return values.get("batch_size", 8), values.get("seq_len") or values["calibration_seq_len"]
+
+
+def _check_positions(model: Any, method: Any) -> None:
+    """A model with learned positions cannot run past their end, and one with rotary ones should not."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, value in dataclasses.asdict(method).items():
+        if name.endswith("seq_len") and positions is not None and value > positions:
+            raise ValueError(f"{name} is {value}; the model has positions for {positions} tokens at most")
 
 
 def _estimate(method: Any, forward: float) -> str:
