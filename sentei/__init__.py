@@ -73,8 +73,7 @@ class _RegisterWithTransformers(MetaPathFinder):
 
 
 def _register() -> None:
-    if importlib.util.find_spec("sentei.checkpoint"):
-        importlib.import_module("sentei.checkpoint").register()
+    importlib.import_module("sentei.remote").register()
 
 
 if _RegisterWithTransformers.trigger in sys.modules:

@@ -165,7 +165,9 @@ def masked_batch(ids_BT: Tensor, tokenizer: Any, *, seed: int, probability: floa
     random = torch.Generator().manual_seed(seed)
     special = torch.tensor([*tokenizer.all_special_ids])
     u_BT, kind_BT = torch.rand(2, *ids_BT.shape, generator=random)
-    chosen_BT = (u_BT < probability) & ~torch.isin(ids_BT, special)
+    ordinary_BT = ~torch.isin(ids_BT, special)
+    least = u_BT[ordinary_BT].min() if ordinary_BT.any() else 0.0  # a batch without any target has no loss
+    chosen_BT = ordinary_BT & ((u_BT < probability) | (u_BT == least))
     inputs_BT = ids_BT.clone()
     inputs_BT[chosen_BT & (kind_BT < 0.8)] = tokenizer.mask_token_id
     other_BT = torch.randint(len(tokenizer), ids_BT.shape, generator=random)

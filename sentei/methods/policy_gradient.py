@@ -275,15 +275,17 @@ class _Search:
             broken = 0 if finite else broken + 1
             if broken == 20:
                 raise ValueError("the loss was not finite in 20 steps in a row: try --dtype float32")
-            record: dict[str, Any] = {"step": offset + step + 1, "losses": losses}
+            shown = [loss if math.isfinite(loss) else None for loss in losses]  # JSON knows no NaN
+            record: dict[str, Any] = {"step": offset + step + 1, "losses": shown}
             if finite:
                 record |= level.update(losses, step)
             numbers["step"] = step + 1
             last = step + 1 == level.steps
             if last or (step + 1) % method.eval_every == 0:
-                record["held_loss"] = self._evaluate(level.hard(), offset + step + 1)
+                held_loss = self._evaluate(level.hard(), offset + step + 1)
+                record["held_loss"] = held_loss if math.isfinite(held_loss) else None
             record["seconds"] = time.monotonic() - began
-            self._log(record)
+            self.history.append(record)
             if last or (step + 1) % method.save_every == 0:
                 self._save(levels)
             message = f"loss {finite[0]:.3f}, best held-out {numbers['best_loss']:.3f}" if finite else "loss not finite"
@@ -301,9 +303,13 @@ class _Search:
     def _evaluate(self, keep_U: Tensor, step: int) -> float:
         with masks.sliced(self.run.model, self.units, keep_U, self.fill):
             loss = self.run.mean_loss(self.held)
-        if not math.isfinite(loss):
-            loss = math.inf
-        if loss < self.numbers.get("best_loss", math.inf) or "best_step" not in self.numbers:
+        if "best_loss" not in self.numbers:
+            if not math.isfinite(loss):
+                raise ValueError(
+                    "the start's loss on held-out text is not finite; try --dtype float32 or less sparsity"
+                )
+            self.numbers["best_loss"] = math.inf
+        if loss < self.numbers["best_loss"]:
             self.numbers |= {"best_loss": loss, "best_step": step}
             self.best["keep"] = keep_U
         return loss
@@ -327,9 +333,6 @@ class _Search:
         return importance.block_influence(model, units, calibration)
 
     # --- saved state -------------------------------------------------------------------------------------------------
-
-    def _log(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
 
     def _identity(self) -> dict[str, Any]:
         return {"fields": asdict(self.method), "units": len(self.units), "parameters": self.units.layer_parameters}
