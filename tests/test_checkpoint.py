@@ -74,6 +74,21 @@ def assert_same(model, other, tolerance=0.0):
     torch.testing.assert_close(output(other), output(model), rtol=0, atol=tolerance)
 
 
+def assert_generates_alike(model, cached=None, without=None):
+    """A padded batch, whose mask must fit the cache; the logits too, for a random model may repeat itself anyway."""
+    ids = torch.tensor([[0, 0, 0, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    common = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    common |= {"attention_mask": (ids != 0).long(), "output_logits": True, "return_dict_in_generate": True}
+    got = model.generate(ids, **common, **(cached or {}))
+    expected = model.generate(ids, use_cache=False, **common, **(without or {}))
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        first = model(PROMPT[:, :6], use_cache=True)
+        rest = model(PROMPT[:, 6:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(rest.logits, output(model)[:, 6:], rtol=1e-4, atol=1e-4)
+
+
 def save(model, tokenizer, parent: Path, shape="heterogeneous", verify=False, name="small", **options) -> Path:
     out = parent.parent / name
     return checkpoint.save(model, tokenizer, out, parent=parent, record=STAGE, shape=shape, verify=verify, **options)
@@ -155,10 +170,8 @@ def test_auto_classes_need_no_flag_once_sentei_is_imported(saved):
 def test_generates_the_same_with_and_without_cache(saved, family, options):
     """Layer 0 has no heads, and a cache counts its tokens in layer 0."""
     model, _ = checkpoint.load(saved / f"{family}-heterogeneous")
-    common = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     beams = {"num_beams": options["num_beams"]} if "num_beams" in options else {}
-    without = model.generate(PROMPT, use_cache=False, **common, **beams)
-    assert torch.equal(model.generate(PROMPT, **common, **options, disable_compile=True), without)
+    assert_generates_alike(model, options | {"disable_compile": True}, beams)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -172,8 +185,7 @@ def test_removed_sub_layers(family, parent, tokenizer):
         ("attention",), ("attention",), ("mlp",), ("attention", "mlp"),
     ]  # fmt: skip
     assert structure.total_parameters(loaded) == structure.total_parameters(model)
-    common = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(loaded.generate(PROMPT, **common), loaded.generate(PROMPT, use_cache=False, **common))
+    assert_generates_alike(loaded)
     padded, _ = checkpoint.load(save(model, tokenizer, folder, shape="padded", name="padded"))
     assert_same(model, padded, 2e-5)
 
