@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sentei.remote.modeling_sentei import LayerConfig, NoAttention, NoMLP
+
 KINDS = ("heads", "channels", "sublayers", "layers")
 SUBLAYERS = ("attention", "mlp")
 
@@ -165,30 +167,6 @@ class LayerSize:
     def group_size(self) -> int:
         """Query heads per KV head; 0 when no head is left."""
         return self.num_heads // self.num_kv_heads if self.num_kv_heads else 0
-
-
-class NoAttention(nn.Module):
-    """Stands where a pre-norm attention branch was removed: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class NoMLP(nn.Module):
-    """Stands where a pre-norm MLP branch was removed: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
-
-
-class LayerConfig:
-    """The model's config seen by one layer: a few attributes differ, all others follow it, later changes included."""
-
-    def __init__(self, config: Any, **overrides: Any):
-        self.__dict__.update(overrides, _config=getattr(config, "_config", config))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_config"], name)
 
 
 def layers(model: nn.Module) -> nn.ModuleList:
@@ -406,10 +384,20 @@ def remove(model: nn.Module, units: Units, keep_U: Tensor, bias: dict[tuple[int,
                 if extra is not None:
                     _add_bias(reader(layer, row, kind), extra)
                 linear = reader(layer, row, kind)
-                if row.pre_norm and linear is not None and not linear.in_features and linear.bias is None:
-                    _remove_sublayer(layer, row, "attention" if kind == "heads" else "mlp")
+                if row.pre_norm and linear is not None and not linear.in_features:
+                    _retire(layer, row, kind, linear)
     if dropped_layers:
         _remove_layers(model, row, set(dropped_layers))
+
+
+def _retire(layer: nn.Module, row: Family, kind: str, linear: nn.Linear) -> None:
+    """A sub-layer without units: gone if it adds nothing; an attention that still adds a bias only counts the cache."""
+    if linear.bias is None:
+        _remove_sublayer(layer, row, "attention" if kind == "heads" else "mlp")
+    elif kind == "heads":
+        attention = part(layer, row.attention)
+        rest = NoAttention(attention.layer_idx, attention.head_dim, attention.named_children())
+        layer.set_submodule(row.attention, rest)
 
 
 def _keep_groups(layer: nn.Module, row: Family, kept: Tensor) -> None:
@@ -421,7 +409,7 @@ def _keep_groups(layer: nn.Module, row: Family, kept: Tensor) -> None:
         _slice(part(layer, row.query), rows=torch.cat([q_rows, kv_rows + q_end, kv_rows + k_end]))
         attention = part(layer, row.attention)  # Phi-3 splits the fused output by these two numbers
         attention.num_key_value_heads = len(kept)
-        attention.config = LayerConfig(attention.config, num_attention_heads=len(kept) * size.group_size)
+        attention.config = LayerConfig(_config(layer), num_attention_heads=len(kept) * size.group_size)
     else:
         _slice(part(layer, row.query), rows=q_rows)
         _slice(part(layer, row.key), rows=kv_rows)
@@ -476,7 +464,11 @@ def _remove_sublayer(layer: nn.Module, row: Family, name: str) -> None:
             linear.bias = _like(linear.bias, torch.zeros_like(linear.bias))
         return
     path, norms = (row.attention, row.attention_norms) if name == "attention" else (row.mlp, row.mlp_norms)
-    layer.set_submodule(path, NoAttention() if name == "attention" else NoMLP())
+    if name == "attention":
+        attention = part(layer, path)
+        layer.set_submodule(path, NoAttention(attention.layer_idx, attention.head_dim))
+    else:
+        layer.set_submodule(path, NoMLP())
     for norm in norms:
         layer.set_submodule(norm, nn.Identity())
 

@@ -61,6 +61,21 @@ def test_whole_sublayers_gone_and_cached_generation(family, tokens):
     assert torch.equal(cached, model.generate(tokens, use_cache=False, **options))
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_cache_counts_tokens_without_heads_in_layer_0(family, tokens):
+    """A cache counts the tokens it has seen in its first layer; padded and continued prompts need the right count."""
+    model = tiny_model(family)
+    units = structure.units(model, "heads")
+    keep = torch.ones(len(units), dtype=torch.bool)
+    keep[units.of(0, "heads")] = False
+    structure.remove(model, units, keep)
+    with torch.no_grad():
+        whole = model(input_ids=tokens).logits
+        first = model(input_ids=tokens[:, :7], use_cache=True)
+        rest = model(input_ids=tokens[:, 7:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(rest, whole[:, 7:], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dropped", [0, 1])
 def test_dropped_blocks_generate(dropped, tokens):
     model = tiny_model("gemma3_text")

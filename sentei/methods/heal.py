@@ -64,7 +64,7 @@ class Heal:
     minutes: float | None = option(
         None, "time limit; such a run is not reproducible. Neither steps nor minutes: 200 steps"
     )
-    lr: float | None = option(None, "peak learning rate; default 1e-3 for lora, 1e-4 for full", "[ours]")
+    lr: float | None = option(None, "peak learning rate; default 3e-3 for lora, 1e-4 for full", "[ours]")
     batch_size: int = option(4, "blocks per optimiser step and micro-batch", "[ours]")
     accumulate: int = option(1, "micro-batches per optimiser step", "[ours]")
     seq_len: int = option(128, "tokens per block", "[ours]")
@@ -182,7 +182,7 @@ class Heal:
     def _settings(self, seconds: float | None) -> Settings:
         steps = 200 if self.steps is None and self.minutes is None else self.steps
         return Settings(
-            lr=self.lr if self.lr is not None else {"lora": 1e-3, "full": 1e-4}[self.mode],
+            lr=self.lr if self.lr is not None else {"lora": 3e-3, "full": 1e-4}[self.mode],
             steps=steps,
             seconds=seconds if seconds is not None else (60 * self.minutes if self.minutes is not None else None),
             warmup=self.warmup,

@@ -21,15 +21,14 @@ greedy             drop the block whose loss rises least, again and again       
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sentei import importance, masks
-from sentei.methods import Progress, option
-from sentei.methods.structural import Structural
+from sentei.methods import option
+from sentei.methods.structural import Run, Structural
 
 CRITERIA = ("random", "magnitude", "wanda", "flap", "taylor", "block_influence", "greedy")
 WHOLE = ("block_influence", "greedy")  # criteria over whole blocks or sub-layers
@@ -72,25 +71,14 @@ class OneShot(Structural):
             return self.scope
         return "global" if self.whole or self.criterion in ("flap", "taylor") else "layer"
 
-    def compress(
-        self,
-        model: Any,
-        tokenizer: Any,
-        text: Any,
-        *,
-        workdir: Path | None = None,
-        report: Progress | None = None,
-    ) -> dict[str, Any]:
-        """Prune `model` in place; returns the record for compression.json."""
-        run = self.start(model, tokenizer, text, report)
+    def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
         if self.criterion == "greedy":
             keep_U = self._greedy(run)
         else:
-            score_U = self._scores(run)
-            keep_U = self.select(score_U, run.units, self.resolved_scope)
-        return self.cut(run, keep_U) | {"scope": self.resolved_scope}
+            keep_U = self.select(self._scores(run), run.units, self.resolved_scope)
+        return keep_U, {"scope": self.resolved_scope}
 
-    def _scores(self, run: Any) -> Tensor:
+    def _scores(self, run: Run) -> Tensor:
         model, units, tick = run.model, run.units, run.tick
         if self.criterion == "random":
             return torch.rand(len(units), generator=torch.Generator().manual_seed(self.seed))
@@ -109,7 +97,7 @@ class OneShot(Structural):
         return importance.block_influence(model, units, blocks_NT)
 
     @torch.no_grad()
-    def _greedy(self, run: Any) -> Tensor:
+    def _greedy(self, run: Run) -> Tensor:
         """Drop the unit without which the calibration loss is lowest, until the budget is met."""
         units, target = run.units, masks.removal_target(run.units, self.sparsity)
         keep_U = torch.ones(len(units), dtype=torch.bool)

@@ -27,7 +27,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -35,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sentei import importance, masks, structure
-from sentei.methods import Progress, option
+from sentei.methods import option
 from sentei.methods.structural import Run, Structural
 from sentei.train import mix
 
@@ -112,21 +111,11 @@ class PolicyGradient(Structural):
     def resolved_init(self) -> str:
         return ("block_influence" if self.whole else "wanda") if self.init == "auto" else self.init
 
-    def compress(
-        self,
-        model: Any,
-        tokenizer: Any,
-        text: Any,
-        *,
-        workdir: Path | None = None,
-        report: Progress | None = None,
-    ) -> dict[str, Any]:
-        """Prune `model` in place; returns the record for compression.json."""
-        run = self.start(model, tokenizer, text, report)
-        with torch.inference_mode():
-            search = _Search(self, run, workdir)
-            keep_U = search.best_U() if search.remove > 0 else torch.ones(len(run.units), dtype=torch.bool)
-        return self.cut(run, keep_U) | search.account()
+    @torch.inference_mode()
+    def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
+        search = _Search(self, run)
+        keep_U = search.best_U() if search.remove > 0 else torch.ones(len(run.units), dtype=torch.bool)
+        return keep_U, search.account()
 
 
 def sigmap(metric: Tensor, ratio: float) -> Tensor:
@@ -215,8 +204,8 @@ class _Level(Protocol):
 class _Search:
     """Runs the levels, evaluates the hard mask now and then, logs, saves and resumes."""
 
-    def __init__(self, method: PolicyGradient, run: Run, workdir: Path | None):
-        self.method, self.run, self.units, self.folder = method, run, run.units, workdir
+    def __init__(self, method: PolicyGradient, run: Run):
+        self.method, self.run, self.units, self.folder = method, run, run.units, run.workdir
         self.remove = masks.removal_target(run.units, method.sparsity)
         self.metric_U = self._initial_metric()
         blocks_NT = run.blocks(None, method.seq_len)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,8 +28,9 @@ class Run:
     model: nn.Module
     tokenizer: Any
     units: Units
-    text: Any
+    text: data.Text
     method: Structural
+    workdir: Path | None
     report: Progress | None
     began: float
 
@@ -118,12 +120,48 @@ class Structural:
     def resolved_compensate(self) -> str:
         return ("none" if self.whole else "mean") if self.compensate == "auto" else self.compensate
 
-    def start(self, model: nn.Module, tokenizer: Any, text: Any, report: Progress | None) -> Run:
+    def compress(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        text: data.Text,
+        *,
+        workdir: Path | None = None,
+        report: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Prune `model` in place.
+
+        Args:
+            workdir: where a long search keeps its state, so that the same call goes on after a stop.
+            report: called with {"step", "of", "message"} while work goes on.
+        Returns:
+            the record for compression.json: what stays ("kept"), how much went, seconds, and the method's own account.
+        Raises:
+            ValueError: a field, the text or the budget cannot work; the message says how to mend it.
+        """
+        run = self.start(model, tokenizer, text, workdir=workdir, report=report)
+        keep_U, account = self.choose(run)
+        return self.cut(run, keep_U) | account
+
+    def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
+        """The units to keep, [U] bool, and the method's own account of how it found them. The model is not changed."""
+        raise TypeError(f"{type(self).__name__} must define choose()")
+
+    def start(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        text: data.Text,
+        *,
+        workdir: Path | None = None,
+        report: Progress | None = None,
+    ) -> Run:
+        """Check the fields against the model and gather what `choose` and `cut` need."""
         self.check()
         model.eval()
         units = structure.units(model, self.resolved_granularity)
         masks.removal_target(units, self.sparsity)
-        return Run(model, tokenizer, units, text, self, report, time.monotonic())
+        return Run(model, tokenizer, units, text, self, workdir, report, time.monotonic())
 
     def select(self, score_U: Tensor, units: Units, scope: str, tie_break_U: Tensor | None = None) -> Tensor:
         target = masks.removal_target(units, self.sparsity)

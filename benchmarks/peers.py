@@ -1,0 +1,187 @@
+"""Every structural method at equal parameters, before and after equal healing: the table in the README.
+
+    python benchmarks/peers.py --out results/peers-smollm2.json --sparsity 0.3 0.5 --heal-steps 60
+
+All methods calibrate on the same text. A row tries each compensation that fits and keeps the one with the lowest loss
+on held-out calibration text, never on the evaluation text. Rows are appended as they are made; a second run makes the
+missing ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sentei import checkpoint, data, evaluate, structure
+from sentei.methods.heal import Heal
+from sentei.methods.one_shot import OneShot
+from sentei.methods.policy_gradient import PolicyGradient
+
+TASKS = ("local_piqa", "local_arc_easy", "local_hellaswag", "local_winogrande")
+ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations tried, seeds
+    "random": (OneShot(criterion="random"), ("none", "mean", "least-squares"), 3),
+    "magnitude": (OneShot(criterion="magnitude"), ("none", "mean", "least-squares"), 1),
+    "wanda": (OneShot(criterion="wanda"), ("none", "mean", "least-squares"), 1),
+    "wanda, channels only": (OneShot(criterion="wanda", granularity="channels"), ("none", "mean", "least-squares"), 1),
+    "flap": (OneShot(criterion="flap"), ("none", "mean", "least-squares"), 1),
+    "taylor": (OneShot(criterion="taylor"), ("none", "mean", "least-squares"), 1),
+    "shortgpt": (OneShot(criterion="block_influence"), ("none",), 1),
+    "greedy": (OneShot(criterion="greedy", calibration_samples=8), ("none",), 1),
+    "policy gradient": (PolicyGradient(granularity="channels", compensate="mean"), ("mean", "least-squares"), 3),
+}
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    text = data.load(args.data)
+    table |= {
+        "model": Path(args.model).name if Path(args.model).exists() else args.model,
+        "calibration": {"name": Path(args.data).name, "sha256": text.sha256, "blocks": args.calibration, "tokens": 128},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "dtype": str(next(model.parameters()).dtype),
+        "versions": {"torch": torch.__version__},
+    }
+
+    def put(row: dict[str, Any]) -> None:
+        table["rows"].append(row)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
+        out.with_suffix(".tmp").replace(out)
+        print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
+
+    made = {(row["method"], row["sparsity"], row["seed"], row["healed"]) for row in table["rows"]}
+    if ("dense", 0.0, 0, False) not in made:
+        put({"method": "dense", "sparsity": 0.0, "seed": 0, "healed": False} | quality(model, tokenizer, args))
+    for sparsity in args.sparsity:
+        for name in args.methods or ROWS:
+            method, compensations, seeds = ROWS[name]
+            for seed in range(min(seeds, args.seeds)):
+                wanted = [False, True] if args.heal_steps else [False]
+                if all((name, sparsity, seed, healed) in made for healed in wanted):
+                    continue
+                fields = {"sparsity": sparsity, "seed": seed}
+                if name != "greedy":
+                    fields["calibration_samples"] = args.calibration
+                if name == "policy gradient":
+                    fields |= {"coarse_steps": args.search_steps, "batch_size": args.search_batch}
+                method = replace(method, **fields)
+                pruned, row = prune(method, compensations, model, tokenizer, text)
+                row = {"method": name, "sparsity": sparsity, "seed": seed} | row
+                if (name, sparsity, seed, False) not in made:
+                    put(row | {"healed": False} | quality(pruned, tokenizer, args))
+                if args.heal_steps:
+                    heal = Heal(steps=args.heal_steps, seed=seed)
+                    record = heal.compress(pruned, tokenizer, text, teacher=model)
+                    healed = {"healed": True, "heal_steps": args.heal_steps, "heal_seconds": record["seconds"]}
+                    put(row | healed | quality(pruned, tokenizer, args))
+
+
+def prune(
+    method: Any, compensations: tuple[str, ...], model: Any, tokenizer: Any, text: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The pruned copy with the compensation that is best on held-out calibration text, and its figures."""
+    reset_peak()
+    started = time.monotonic()
+    run = method.start(model, tokenizer, text)
+    keep_U, account = method.choose(run)
+    seconds, memory = time.monotonic() - started, peak()
+    held = data.blocks(text.validation, tokenizer, 128, seed=1)[:32]
+    losses: dict[str, float] = {}
+    best: Any = None
+    record: dict[str, Any] = {}
+    for compensation in compensations:
+        attempt = replace(method, compensate=compensation)
+        again = attempt.start(copy.deepcopy(model), tokenizer, text)
+        record = attempt.cut(again, keep_U)
+        losses[compensation] = again.mean_loss(held)
+        if losses[compensation] == min(losses.values()):
+            best = again.model
+    return best, {
+        "compensation": min(losses, key=lambda name: losses[name]),
+        "held_perplexity": {name: math.exp(min(loss, 50)) for name, loss in losses.items()},
+        "start_held_perplexity": math.exp(account["start_loss"]) if account.get("start_loss") else None,
+        "removed_of_layers": record["removed_of_layers"],
+        "removed_of_model": record["removed_of_model"],
+        "forwards": account.get("forwards"),
+        "search_seconds": seconds,
+        "search_peak_mb": memory,
+        "layers": [[size.num_kv_heads, size.intermediate_size] for size in structure.sizes(best)],
+    }
+
+
+def quality(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    model.eval()
+    found: dict[str, Any] = {"perplexity": {}}
+    text = data.read_text(args.test)
+    for context, blocks in ((128, args.blocks_128), (1024, args.blocks_1024)):
+        measured = evaluate.perplexity_text(
+            model,
+            tokenizer,
+            text,
+            context=context,
+            max_blocks=blocks,
+            batch_size=max(1, 1024 // context),
+            progress=False,
+        )
+        found["perplexity"][str(context)] = {"value": measured["perplexity"], "blocks": measured["blocks"]}
+    if args.limit:
+        scores = evaluate.tasks(model, tokenizer, TASKS, include_path=args.tasks_path, limit=args.limit, batch_size=16)
+        found["zero_shot"] = {task.removeprefix("local_"): score["acc"] for task, score in scores.items()}
+        found["zero_shot_mean"] = sum(found["zero_shot"].values()) / len(TASKS)
+        found["zero_shot_limit"] = args.limit
+    return found
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> float:
+    """Peak resident megabytes since `reset_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--out", default="results/peers-smollm2.json")
+    parser.add_argument(
+        "--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration and healing text"
+    )
+    parser.add_argument("--test", default="../shared/data/wikitext-2-raw/wiki.test.raw")
+    parser.add_argument("--tasks-path", default="../shared/data/lm_eval_tasks")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=3, help="at most, where a method is random")
+    parser.add_argument("--calibration", type=int, default=64, help="blocks of 128 tokens")
+    parser.add_argument("--search-steps", type=int, default=50)
+    parser.add_argument("--search-batch", type=int, default=8)
+    parser.add_argument("--blocks-128", type=int, default=100)
+    parser.add_argument("--blocks-1024", type=int, default=10)
+    parser.add_argument("--limit", type=int, default=50, help="rows of each zero-shot task; 0 leaves them out")
+    parser.add_argument("--heal-steps", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    main()
