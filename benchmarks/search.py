@@ -1,10 +1,10 @@
-"""What a step of the search costs: masked, sliced and dense forwards in one interleaved run, and the search's peak memory.
+"""What a step of the search costs: masked, sliced and dense forwards in one interleaved run, and its peak memory.
 
     python benchmarks/search.py --model smollm2 --out results/search-cost.json
 
-Time: forwards of one batch under random channel masks at several sparsities, each as a ratio to the dense forward of the
-same round, next to the ideal (floating-point operations of what is kept, LM head included). Memory: peak resident set of
-a process that loads the model and runs the forward of one batch, and of one that loads it and searches with that batch.
+Time: forwards of one batch under random channel masks at several sparsities, each as a ratio to the dense forward of
+the same round, next to the ideal (floating-point operations of what is kept, LM head included). Memory: peak resident
+set of a process that loads the model and runs the forward of one batch, and of one that searches with that batch.
 """
 
 from __future__ import annotations
