@@ -16,6 +16,7 @@ import torch
 from conftest import tiny_model
 
 from sentei import checkpoint, cli, data
+from sentei.methods import METHODS
 
 TINY = ["--calibration-samples", "4", "--calibration-seq-len", "16"]
 
@@ -79,7 +80,7 @@ def test_help_shows_the_fields_of_the_method(capsys):
 def test_every_method_is_listed(capsys):
     assert cli.main(["methods"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in cli.METHODS) and "2406.10576" in shown
+    assert all(name in shown for name in METHODS) and "2406.10576" in shown
 
 
 # ------------------------------------------------------------------------------------------------------ bad commands
@@ -303,7 +304,7 @@ def test_plan_says_what_will_happen_and_writes_nothing(parent, tmp_path, capsys)
 
 
 def test_progress_without_a_terminal_is_lines(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sentei.cli.show.SECONDS_BETWEEN_LINES", 0.0)
     with cli.Progress() as progress:
         progress({"message": "loading"})
         for step in range(1, 4):

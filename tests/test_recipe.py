@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import yaml
 from conftest import tiny_model
 
 from sentei import checkpoint, recipe
+from sentei.recipe.fields import convert
 
 TINY = {"calibration_samples": 4, "calibration_seq_len": 16}
 
@@ -100,7 +102,7 @@ def test_missing_keys_and_files(tmp_path):
     ],
 )
 def test_values_become_the_type_of_the_field(kind, given, wanted):
-    made = recipe._convert("field", given, kind)
+    made = convert("field", given, kind)
     assert made == wanted and type(made) is type(wanted)
 
 
@@ -116,7 +118,7 @@ def test_values_become_the_type_of_the_field(kind, given, wanted):
 )
 def test_values_of_another_type_are_refused(kind, given, message):
     with pytest.raises(ValueError) as error:
-        recipe._convert("field", given, kind)
+        convert("field", given, kind)
     assert message in str(error.value)
 
 
@@ -159,7 +161,7 @@ def test_the_recipe_in_a_checkpoint_makes_it_again(parent):
 
     out = recipe.compress(parent, method="one_shot", criterion="random", out=parent.parent / "a", **TINY)
     again = recipe.load(out / "recipe.yaml")
-    again = recipe.dataclasses.replace(again, out=str(parent.parent / "b"), report=None)
+    again = dataclasses.replace(again, out=str(parent.parent / "b"), report=None)
     made = Path(recipe.run(again)["checkpoint"])
     first, second = (load_file(folder / "model.safetensors") for folder in (out, made))
     assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)

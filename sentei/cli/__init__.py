@@ -1,0 +1,195 @@
+"""The command line: reads flags, calls `sentei.recipe` and the measuring rooms, prints. No torch before there is work.
+
+A method's fields are flags of `compress`, `heal` and `plan`; they are read from its dataclass once the method is named.
+Whatever is wrong with the input ends in one line on stderr and exit code 2; a recipe that misses a gate in exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sentei.cli.flags import check_flags, methods, nearest, parsers
+from sentei.cli.show import Progress, print_benchmark, print_measurements, sizes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log wants lines, not the bars of the libraries below us
+    # --lora_rank is --lora-rank: fields are also recipe keys, and those have underscores.
+    words = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in given if word != "--debug"]
+    try:
+        return _command(words)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _fail("stopped; no checkpoint was written. The same command goes on where this one was, if it had begun")
+    except (ValueError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        return _fail(_message(error))
+    except RuntimeError as error:
+        if debug or "out of memory" not in str(error).lower():
+            raise
+        return _fail(f"out of memory; lower batch_size or use a smaller model ({_message(error)})")
+
+
+def _fail(message: str) -> int:
+    print(f"sentei: {message}", file=sys.stderr)
+    return 2
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _command(arguments: list[str]) -> int:
+    parser, commands = parsers(arguments, _COMMANDS)
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] not in commands:
+            parser.error(f"no command {arguments[0]!r}{nearest(arguments[0], list(commands))}")
+        check_flags(commands[arguments[0]], arguments[1:])
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+def _stage(options: argparse.Namespace) -> dict[str, Any]:
+    fields = {key.partition(":")[2]: value for key, value in vars(options).items() if key.startswith("field:")}
+    names = ("data", "text_field", "out", "teacher", "force", "dtype", "trust_remote_code")
+    return {name: getattr(options, name) for name in names} | fields
+
+
+def _compress(options: argparse.Namespace, method: str | None = None) -> int:
+    from sentei import recipe
+
+    with Progress() as report:
+        out = recipe.compress(options.model, method=method or options.method, report=report, **_stage(options))
+    record = json.loads((out / "compression.json").read_text(encoding="utf-8"))
+    print(sizes(record["parent"], record["result"]))
+    print(f"saved {out}  (recipe.yaml makes it again; next: sentei eval {out} --data TEXT; sentei bench {out})")
+    return 0
+
+
+def _heal(options: argparse.Namespace) -> int:
+    return _compress(options, "heal")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from sentei import recipe
+
+    with Progress() as report:
+        lines = recipe.plan(options.model, method=options.method, report=report, **_stage(options))
+    width = max(map(len, lines))
+    for name, line in lines.items():
+        print(f"{name:{width}}  {line}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if not options.data and not options.tasks:
+        raise ValueError("nothing to measure; give --data TEXT (python-docs is always there) or --tasks NAMES")
+    try:
+        contexts = [int(context) for context in options.context.split(",")]
+    except ValueError:
+        raise ValueError(f"--context is {options.context!r}; expected numbers of tokens, such as 128,1024") from None
+    from sentei import evaluate, recipe
+
+    result = evaluate.run(
+        recipe.find_model(options.model),
+        texts=options.data or (),
+        contexts=contexts,
+        stride=options.stride,
+        max_blocks=options.max_blocks,
+        tasks=options.tasks.split(",") if options.tasks else (),
+        include_path=options.include_path,
+        limit=options.limit,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+        json_path=options.json,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print_measurements({str(options.model): result["measurements"]})
+    if result["json"]:
+        print(f"written to {result['json']}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from sentei import benchmark, recipe
+
+    parent = recipe.find_model(options.against or recipe.parent_of(options.model, flag="--against"))
+    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "threads", "dtype")
+    settings = {name: getattr(options, name) for name in names}
+    result = benchmark.run(options.model, parent, json_path=options.json, **settings)
+    print_benchmark(result)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from sentei import report
+
+    page = report.write(options.model, options.children, options.out)
+    print(f"written {page} and {page.with_suffix('.md')}")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from sentei import recipe
+
+    asked = recipe.load(options.recipe)
+    if options.out:
+        asked = dataclasses.replace(asked, out=options.out)
+    with Progress() as report:
+        result = recipe.run(asked, force=options.force, report=report)
+    record = json.loads((Path(result["checkpoint"]) / "compression.json").read_text(encoding="utf-8"))
+    print(sizes(record["parent"], record["result"]))
+    if "measurements" in result:
+        print_measurements(result["measurements"])
+    if "benchmark" in result:
+        print_benchmark(result["benchmark"])
+    for row in result.get("generations", []):
+        print(f"\nprompt   {row['prompt']}\nparent   {row['parent']}\nsmall    {row['child']}")
+    print(f"\nparent      {result['parent']}\ncheckpoint  {result['checkpoint']}")
+    if "report" in result:
+        print(f"report      {result['report']}  (open it in a browser)")
+    for gate in result["gates"]:
+        value = "not measured" if gate["value"] is None else f"{gate['value']:.4g}"
+        print(f"{'passed' if gate['passed'] else 'FAILED'}  {gate['gate']}  ({value})")
+    return 0 if all(gate["passed"] for gate in result["gates"]) else 1
+
+
+def _list_methods(options: argparse.Namespace) -> int:
+    table = Table("method", "what it is", "paper", box=None, pad_edge=False)
+    for row in methods():
+        table.add_row(*row)
+    Console().print(table)
+    print("\n`sentei compress --method NAME --help` shows a method's fields")
+    return 0
+
+
+_COMMANDS = {
+    "compress": _compress,
+    "plan": _plan,
+    "heal": _heal,
+    "eval": _evaluate,
+    "bench": _bench,
+    "report": _report,
+    "run": _run,
+    "methods": _list_methods,
+}

@@ -1,0 +1,274 @@
+"""One stage: check what can be checked, load, compress by one method, save; resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sentei.methods import Progress
+from sentei.recipe.fields import make_method
+
+
+def compress(
+    model: str | Path,
+    *,
+    method: str,
+    out: str | Path,
+    data: str | Path | list[str] | dict[str, float] | None = None,
+    text_field: str = "text",
+    dtype: str = "auto",
+    teacher: str | Path | None = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    report: Progress | None = None,
+    **fields: Any,
+) -> Path:
+    """Compress a checkpoint by one method and save the result, which is reloaded in a fresh process and compared.
+
+    A run that was stopped leaves its state in a hidden folder beside `out`, and the same call goes on from there.
+
+    Args:
+        model: a folder, a .gguf file, a hub id, or "smollm2".
+        method: a name in `sentei.methods.METHODS`.
+        out: the new folder. Its parts appear at once or not at all.
+        data: what `sentei.data.load` takes; None is the Python reference. A method sees the train and validation parts.
+            The split does not depend on the seed, so that no run trains on what another holds out.
+        dtype: computation, "auto" or a name such as "float32"; the saved dtype is the parent's.
+        teacher: for methods that learn from the dense parent: None is the parent that the checkpoint itself records.
+        force: replace `out`.
+        report: called with {"step", "of", "message"} while work goes on.
+        fields: of the method. `shape="padded"` saves a heterogeneous result in a stock class, padded with zeros.
+    Returns:
+        `out`.
+    Raises:
+        ValueError, OSError: anything that is wrong with the input; nothing is left in `out` then.
+    """
+    job = Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
+    text = load_text(data, text_field)
+    from sentei import checkpoint, structure
+
+    say = report or silent
+    say({"message": f"loading {model}"})
+    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code)
+    check_positions(loaded, job.method)
+    if job.method.structural:  # what cannot be saved is refused before hours of search
+        shadow(job, loaded, structure.units(loaded, job.method.resolved_granularity))
+    arguments: dict[str, Any] = {}
+    if job.teacher is not None:
+        say({"message": f"loading the parent {job.teacher}"})
+        arguments["teacher"], _ = checkpoint.load(job.teacher, dtype=dtype, trust_remote_code=trust_remote_code)
+    resolved = job.resolved(data, text_field)
+    with work_folder(job.out, resolved) as workdir:
+        record = job.method.compress(loaded, tokenizer, text, workdir=workdir, report=report, **arguments)
+        arguments.clear()  # the teacher's memory is free for the check of the save
+        stage = {
+            "method": method,
+            "fields": dataclasses.asdict(job.method),
+            "seed": getattr(job.method, "seed", None),
+            "data": {"name": text.name, "sha256": text.sha256},
+            "record": record,
+        }
+        say({"message": f"saving {job.out} and checking it in a fresh process"})
+        checkpoint.save(loaded, tokenizer, job.out, parent=str(job.model), record=stage, shape=job.shape, force=force)
+        write_yaml(job.out / "recipe.yaml", resolved)
+    return job.out
+
+
+def heal(model: str | Path, *, out: str | Path, **arguments: Any) -> Path:
+    """Train a pruned checkpoint briefly against its dense parent: `compress` with the method "heal"."""
+    return compress(model, method="heal", out=out, **arguments)
+
+
+def shadow(job: Job, model: Any, units: Any) -> tuple[Any, Any]:
+    """A weightless twin of the model, cut to the budget without a search, and the form it would be saved in.
+
+    Raises:
+        ValueError: the budget cannot be reached, or no checkpoint of this shape can hold the result.
+    """
+    import torch
+
+    from sentei import checkpoint, structure
+
+    score_U = -units.index_U.double() - 1e-6 * units.layer_U.double()
+    keep_U = job.method.select(score_U, units, "layer" if job.shape == "uniform" else "global")
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    structure.remove(twin, units, keep_U)
+    return twin, checkpoint.form(twin, job.shape)
+
+
+def check_positions(model: Any, method: Any) -> None:
+    """A model with learned positions cannot run past their end, and one with rotary ones should not."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, value in dataclasses.asdict(method).items():
+        if name.endswith("seq_len") and positions is not None and value > positions:
+            raise ValueError(f"{name} is {value}; the model has positions for {positions} tokens at most")
+
+
+def silent(event: dict[str, Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage whose input was checked as far as it can be without loading the model.
+
+    Attributes:
+        given, model: the model as it was named, and what `checkpoint.load` is given for it.
+        shape: how the result is saved.
+        teacher: for methods that have one.
+    """
+
+    given: str
+    model: str
+    name: str
+    method: Any
+    out: Path
+    shape: str
+    teacher: str | None
+
+    @staticmethod
+    def check(
+        model: str | Path,
+        name: str,
+        fields: Mapping[str, Any],
+        out: str | Path | None,
+        *,
+        force: bool = False,
+        teacher: str | Path | None = None,
+        trust_remote_code: bool = False,
+    ) -> Job:
+        _check_sparsity(fields)
+        method = make_method(name, fields)
+        needs_teacher = type(method).needs_teacher
+        if teacher is not None and not needs_teacher:
+            raise ValueError(f"method {name} has no teacher; leave it out")
+        from sentei import checkpoint
+
+        path = find_model(model)
+        source = checkpoint.inspect(path, trust_remote_code=trust_remote_code)
+        if out is not None:
+            checkpoint.check_output(out, parent=path, force=force)
+            _check_space(Path(out), source.bytes)
+        found = (find_model(teacher) if teacher else parent_of(path)) if needs_teacher else None
+        if found is not None:
+            checkpoint.inspect(found, trust_remote_code=trust_remote_code)
+        shape = method.shape if method.structural else _saved_shape(path)
+        return Job(str(model), path, name, method, Path(out or ""), shape, found)
+
+    def resolved(self, data: Any, text_field: str) -> dict[str, Any]:
+        """The recipe of this stage alone, every field written out."""
+        stage = {"method": self.name, **dataclasses.asdict(self.method)}
+        if self.teacher is not None:
+            stage["teacher"] = self.teacher
+        recipe = {"model": self.given, "data": data, "text_field": text_field, "out": str(self.out), "stages": [stage]}
+        return json.loads(json.dumps(recipe, default=str))  # as it will be read back: tuples become lists
+
+
+def _check_space(out: Path, need: int) -> None:
+    """The result is at most as large as the weights it comes from."""
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"cannot write to {place}; give another --out")
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise ValueError(f"{place} has {free / 1e6:,.0f} MB free, the checkpoint may need {need / 1e6:,.0f} MB")
+
+
+def _check_sparsity(fields: Mapping[str, Any]) -> None:
+    if "sparsity" not in fields:
+        return
+    try:
+        sparsity = float(fields["sparsity"])
+    except (TypeError, ValueError):
+        raise ValueError(f"sparsity is {fields['sparsity']!r}; expected a number between 0 and 1") from None
+    if not 0 < sparsity < 1:
+        raise ValueError(
+            f"sparsity is the fraction of the decoder-layer parameters to remove, between 0 and 1; got {sparsity:g}"
+        )
+
+
+def find_model(model: str | Path) -> str:
+    """What `checkpoint.load` is given for a name: the same, or the file of "smollm2"."""
+    if str(model) != "smollm2":
+        return str(model)
+    from sentei import checkpoint
+
+    return str(checkpoint.example_model())
+
+
+def parent_of(checkpoint: str, flag: str = "--teacher") -> str:
+    """The dense parent that a checkpoint of ours records; `flag` is what an error asks for in its place."""
+    where = Path(checkpoint) / "compression.json"
+    if not where.exists():
+        raise ValueError(f"{checkpoint} has no compression.json that names its dense parent; give it by {flag}")
+    try:
+        parent = str(json.loads(where.read_text(encoding="utf-8"))["parent"]["path"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{where} does not name a parent; give it by {flag}") from None
+    looks_local = parent.startswith(("/", ".", "~")) or parent.endswith(".gguf") or parent.count("/") > 1
+    if looks_local and not Path(parent).expanduser().exists():
+        raise ValueError(f"the dense parent of {checkpoint} is no longer at {parent}; give it by {flag}")
+    return parent
+
+
+def _saved_shape(model: str) -> str:
+    """The shape of a checkpoint of ours, which a stage that removes nothing keeps."""
+    where = Path(model) / "compression.json"
+    return json.loads(where.read_text(encoding="utf-8"))["result"]["shape"] if where.exists() else "heterogeneous"
+
+
+def load_text(spec: Any, text_field: str) -> Any:
+    from sentei import data
+
+    return data.load(spec, text_field=text_field)
+
+
+@contextmanager
+def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
+    """A hidden folder beside `out` for a method's state; kept when the work is cut short, so that it can go on.
+
+    The state of another recipe is thrown away: it could only be refused.
+    """
+    folder = out.absolute().parent / f".{out.name}.work"
+    stamp = folder / "recipe.yaml"
+    if folder.exists() and (not stamp.exists() or yaml.safe_load(stamp.read_text(encoding="utf-8")) != resolved):
+        shutil.rmtree(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(stamp, resolved)
+    try:
+        yield folder
+    except BaseException:
+        if [file.name for file in folder.iterdir()] == [stamp.name]:  # no state to go on from: leave no trace
+            stamp.unlink()
+            for place in made:
+                if not any(place.iterdir()):
+                    place.rmdir()
+        raise
+    shutil.rmtree(folder)
+
+
+def write_yaml(path: Path, content: Any) -> None:
+    write(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=False, width=120))
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
