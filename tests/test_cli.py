@@ -283,7 +283,7 @@ def test_compress_eval_report(parent, tmp_path, capsys):
     assert stage["fields"]["round_to"] == 2 and stage["seed"] == 1
     assert (small / "recipe.yaml").is_file() and not list(tmp_path.glob(".*"))
 
-    words = ["--data", "python-docs", "--context", "16,32", "--max-blocks", "2"]
+    words = ["--data", "python-docs", "--context", "16", "32", "--max-blocks", "2"]
     assert cli.main(["eval", str(small), *words]) == 0
     assert "context 32" in capsys.readouterr().out and (small / "eval.json").is_file()
     assert cli.main(["report", str(parent), str(small), "--out", str(tmp_path / "page.html")]) == 0

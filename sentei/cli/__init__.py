@@ -105,9 +105,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if not options.data and not options.tasks:
         raise ValueError("nothing to measure; give --data TEXT (python-docs is always there) or --tasks NAMES")
     try:
-        contexts = [int(context) for context in options.context.split(",")]
+        contexts = [int(number) for words in options.context for number in words.split(",")]
     except ValueError:
-        raise ValueError(f"--context is {options.context!r}; expected numbers of tokens, such as 128,1024") from None
+        given = " ".join(options.context)
+        raise ValueError(f"--context is {given!r}; expected numbers of tokens, such as 128 1024") from None
     from sentei import evaluate, recipe
 
     result = evaluate.run(

@@ -92,7 +92,9 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command = add("eval", "measure a saved checkpoint: perplexity, lm-eval tasks")
     command.add_argument("model", metavar="DIR", help="folder, .gguf file or hub id")
     command.add_argument("--data", action="append", metavar="TEXT", help="text to measure; may be given several times")
-    command.add_argument("--context", default="128", metavar="N[,N]", help="tokens per window (128)")
+    command.add_argument(
+        "--context", nargs="+", default=["128"], metavar="N", help="tokens per window, several too (128)"
+    )
     command.add_argument("--stride", type=int, metavar="N", help="overlap the windows; without it they do not")
     command.add_argument("--max-blocks", type=int, metavar="N", help="only the first N windows")
     command.add_argument("--tasks", metavar="A,B", help="lm-eval tasks (pip install 'sentei[eval]')")
