@@ -364,21 +364,19 @@ def _dropped_columns(layer: nn.Module, row: Family, units: Units, keep_U: Tensor
     return structure.columns(structure.sizes_of(layer, row), kind, units.index_U[of][~keep_U[of]])
 
 
-class _Cross:
-    """Sums for a least-squares fit of one flow's reading-linear inputs to another's; x and y are paired [tokens, W]."""
+class _Second:
+    """First and second moments of a reading linear's inputs, in float64."""
 
     def __init__(self, width: int):
         self.count = 0
-        self.xx, self.yx = (torch.zeros(width, width, dtype=torch.double) for _ in range(2))
-        self.x, self.y = (torch.zeros(width, dtype=torch.double) for _ in range(2))
+        self.xx = torch.zeros(width, width, dtype=torch.double)
+        self.x = torch.zeros(width, dtype=torch.double)
 
-    def add(self, x_TW: Tensor, y_TW: Tensor) -> None:
-        x_TW, y_TW = x_TW.float(), y_TW.float()
+    def __call__(self, x_TW: Tensor) -> None:
+        x_TW = x_TW.float()
         self.count += len(x_TW)
         self.xx += (x_TW.T @ x_TW).double().cpu()
-        self.yx += (y_TW.T @ x_TW).double().cpu()
         self.x += x_TW.sum(0).double().cpu()
-        self.y += y_TW.sum(0).double().cpu()
 
 
 @torch.no_grad()
@@ -388,17 +386,18 @@ def refit(
     keep_U: Tensor,
     blocks_NT: Tensor,
     *,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
     with_bias: bool = True,
     batch_size: int = 8,
     tick: Tick = _no_tick,
 ) -> dict[tuple[int, str], Tensor]:
     """Least-squares refit of the reading linears on calibration activations, layer by layer and without gradients.
 
-    Two flows run side by side: the dense model and the pruned one, refitted so far. At each reading linear the kept
-    columns get new weights, and the linear a bias, so that from the pruned flow's inputs it comes closest to what the
-    dense linear makes of the dense flow's: min |W y - W' x_K - b|^2 + ridge * mean(diag) |W' - W_K|^2. Weights are
-    changed in place.
+    The text flows through the model as it is pruned and refitted so far. At each reading linear that lost inputs the
+    kept columns get new weights, and the linear a bias, so that it comes closest to what it made of all its inputs:
+    min |W x - W' x_K - b|^2 + ridge * mean(diag) |W' - W_K|^2. Weights are changed in place.
+
+    (Fitting to the dense model's own flow instead was worse on held-out text, LOG.md, 2026-11-21.)
 
     Args:
         ridge: pull towards the old weights, in units of the mean variance of the inputs.
@@ -416,44 +415,42 @@ def refit(
             f"least-squares needs at least {2 * widest:,} calibration tokens for linears of width {widest}; "
             f"got {blocks_NT.numel():,}: give more text or use compensate=mean"
         )
-    dense, pruned = Replay(model, blocks_NT, batch_size), Replay(model, blocks_NT, batch_size)
+    replay = Replay(model, blocks_NT, batch_size)
     bias: dict[tuple[int, str], Tensor] = {}
-    for number, layer in enumerate(dense.layers):
-        tick("refitting", number, len(dense.layers))
-        inputs: dict[str, list[Tensor]] = {kind: [] for kind in units.granularity}
-        dense.watch(number, {kind: seen.append for kind, seen in inputs.items()})
-        dense.advance(number)  # before this layer's weights change
+    for number, layer in enumerate(replay.layers):
+        tick("refitting", number, len(replay.layers))
         with ExitStack() as stack:
             for kind in ("heads", "channels"):
                 linear = structure.reader(layer, row, kind)
                 if kind not in units.granularity or linear is None or not linear.in_features:
                     continue
-                cross, seen = _Cross(linear.in_features), iter(inputs.pop(kind))
-                pruned.watch(number, {kind: lambda x_TW, cross=cross, seen=seen: cross.add(x_TW, next(seen))})
                 dropped_K = _dropped_columns(layer, row, units, keep_U, number, kind)
+                if not len(dropped_K):
+                    continue
+                seen = _Second(linear.in_features)
+                replay.watch(number, {kind: seen})
                 kept_W = torch.ones(linear.in_features, dtype=torch.bool)
                 kept_W[dropped_K] = False
-                weight_HW, shift_H = _solve(linear.weight, kept_W, cross, ridge, with_bias)
+                weight_HW, shift_H = _solve(linear.weight, kept_W, seen, ridge, with_bias)
                 linear.weight.copy_(weight_HW)
                 if with_bias:
                     bias[number, kind] = shift_H.to(linear.weight)
                     add = lambda module, x, y, shift=bias[number, kind]: y + shift  # noqa: E731
                     stack.callback(linear.register_forward_hook(add).remove)
-            pruned.advance(number)
+            replay.advance(number)
     return bias
 
 
-def _solve(weight_HW: Tensor, kept_W: Tensor, cross: _Cross, ridge: float, with_bias: bool) -> tuple[Tensor, Tensor]:
+def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_bias: bool) -> tuple[Tensor, Tensor]:
     """The refitted weight, zero in dropped columns, and the bias that goes with it."""
     old_HW = weight_HW.double().cpu()
-    mean_x = cross.x / cross.count * with_bias
-    mean_y = cross.y / cross.count * with_bias
-    xx = (cross.xx / cross.count - torch.outer(mean_x, mean_x))[kept_W][:, kept_W]
-    yx = (cross.yx / cross.count - torch.outer(mean_y, mean_x))[:, kept_W]
+    mean_W = seen.x / seen.count * with_bias
+    covariance = seen.xx / seen.count - torch.outer(mean_W, mean_W)
+    inside = covariance[kept_W][:, kept_W]
     new_HW = torch.zeros_like(old_HW)
     if kept_W.any():
-        damping = ridge * xx.diagonal().mean().clamp_min(1e-12)
-        left = xx + damping * torch.eye(len(xx), dtype=torch.double)
-        right = old_HW @ yx + damping * old_HW[:, kept_W]
+        damping = ridge * inside.diagonal().mean().clamp_min(1e-12)
+        left = inside + damping * torch.eye(len(inside), dtype=torch.double)
+        right = old_HW @ covariance[:, kept_W] + damping * old_HW[:, kept_W]
         new_HW[:, kept_W] = torch.linalg.solve(left, right.T).T
-    return new_HW, old_HW @ mean_y - new_HW @ mean_x
+    return new_HW, old_HW @ mean_W - new_HW @ mean_W

@@ -105,19 +105,21 @@ def test_mean_bias_equals_mean_fill(any_model, tokens):
 
 def test_solve_matches_direct_least_squares():
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(200, 6, generator=generator).double(), torch.randn(3, 6, generator=generator).double()
-    y = x + 0.3 * torch.randn(200, 6, generator=generator).double() + 0.5
+    mixing = torch.randn(6, 6, generator=generator).double()
+    x = torch.randn(200, 6, generator=generator).double() @ mixing + 0.5
+    weight = torch.randn(3, 6, generator=generator).double()
     kept = torch.tensor([True, True, False, True, True, False])
-    cross = importance._Cross(6)
-    cross.add(x, y)
-    new, shift = importance._solve(weight, kept, cross, 0.0, True)
+    seen = importance._Second(6)
+    seen(x)
+    new, shift = importance._solve(weight, kept, seen, 0.0, True)
     design = torch.cat([x[:, kept], torch.ones(200, 1).double()], 1)
-    expected = torch.linalg.lstsq(design, y @ weight.T).solution.T
-    torch.testing.assert_close(new[:, kept], expected[:, :4], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(shift, expected[:, 4], atol=1e-5, rtol=1e-5)
+    expected = torch.linalg.lstsq(design, x @ weight.T).solution.T
+    torch.testing.assert_close(new[:, kept], expected[:, :4], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shift, expected[:, 4], atol=1e-4, rtol=1e-4)
     assert not new[:, ~kept].any()
-    held, _ = importance._solve(weight, kept, cross, 1e9, True)
+    held, mean = importance._solve(weight, kept, seen, 1e9, True)  # all pull, no fit: the mean alone
     torch.testing.assert_close(held[:, kept], weight[:, kept], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mean, weight[:, ~kept] @ x[:, ~kept].mean(0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])

@@ -82,7 +82,7 @@ class Structural:
     round_to: int = option(1, "keep channels in multiples of this")
     calibration_samples: int = option(128, "blocks of calibration text")
     calibration_seq_len: int = option(128, "tokens per block")
-    ridge: float = option(0.01, "least-squares: pull towards the old weights, in units of the mean input variance")
+    ridge: float = option(0.1, "least-squares: pull towards the old weights, in units of the mean input variance")
     seed: int = option(0, "for every random choice")
 
     def check(self) -> None:
