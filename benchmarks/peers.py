@@ -1,6 +1,7 @@
 """Every structural method at equal parameters, before and after equal healing: the table in the README.
 
     python benchmarks/peers.py --out results/peers-smollm2.json --sparsity 0.3 0.5 --heal-steps 60
+    python benchmarks/peers.py --out results/peers-smollm2.json --markdown
 
 All methods calibrate on the same text. A row tries each compensation that fits and keeps the one with the lowest loss
 on held-out calibration text, never on the evaluation text. Rows are appended as they are made; a second run makes the
@@ -16,6 +17,7 @@ import math
 import os
 import platform
 import resource
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +47,9 @@ ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations t
 def main() -> None:
     args = arguments()
     out = Path(args.out)
+    if args.markdown:
+        print(markdown(json.loads(out.read_text())))
+        return
     table = json.loads(out.read_text()) if out.exists() else {"rows": []}
     model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
     text = data.load(args.data)
@@ -144,6 +149,46 @@ def quality(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
         found["zero_shot_mean"] = sum(found["zero_shot"].values()) / len(TASKS)
         found["zero_shot_limit"] = args.limit
     return found
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table of the README: one line per method and sparsity, mean and spread over seeds."""
+    context = {"128": "WikiText-2, 128", "1024": "WikiText-2, 1024"}
+    first = table["rows"][0]
+    blocks = ", ".join(f"{first['perplexity'][c]['blocks']} blocks of {c}" for c in context)
+    lines = [
+        f"{table['model']}, {table['dtype'].removeprefix('torch.')}, {table['machine']}. Perplexity on WikiText-2 raw "
+        f"test ({blocks} tokens); zero-shot: mean accuracy of PIQA, ARC-easy, HellaSwag and WinoGrande, first "
+        f"{first.get('zero_shot_limit', 0)} rows of each. All calibrated on {table['calibration']['blocks']} blocks of "
+        f"{table['calibration']['tokens']} tokens of {table['calibration']['name']} (WikiText-103). Seconds and memory "
+        "are of the search.",
+        "",
+        "| removed of layers | method | compensation | " + " | ".join(context.values()) + " | zero-shot | s | MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in table["rows"]:
+        groups.setdefault((row["sparsity"], row["healed"], row["method"]), []).append(row)
+
+    def order(key: Any) -> Any:
+        return key[0], key[1], statistics.mean(row["perplexity"]["128"]["value"] for row in groups[key])
+
+    for sparsity, healed, method in sorted(groups, key=order):
+        rows = groups[sparsity, healed, method]
+        cells = [spread([row["perplexity"][c]["value"] for row in rows]) for c in context]
+        cells.append(spread([row["zero_shot_mean"] for row in rows if "zero_shot_mean" in row], 3))
+        cells += [spread([row[key] for row in rows if key in row], 0) for key in ("search_seconds", "search_peak_mb")]
+        used = "/".join(sorted({row.get("compensation", "") for row in rows}))
+        name = f"{method}, healed {rows[0]['heal_steps']} steps" if healed else method
+        lines.append(f"| {rows[0].get('removed_of_layers', 0):.1%} | {name} | {used} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f} (n={len(values)})"
 
 
 def reset_peak() -> None:
