@@ -581,7 +581,7 @@ def test_sharded_checkpoints(parent, tmp_path, tokenizer):
 def test_automatic_dtype(parent, monkeypatch):
     folder = parent(tiny_model("llama").to(torch.bfloat16))
     for native, expected in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(reading, "has_native_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(reading, "has_bf16", lambda device, native=native: native)
         assert checkpoint.load(folder, device="cpu")[0].dtype == expected
     assert reading.inspect(folder).dtype == torch.bfloat16
 

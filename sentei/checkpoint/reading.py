@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from sentei import remote, structure
+from sentei.train import has_bf16
 
 Model = transformers.PreTrainedModel
 Tokenizer = transformers.PreTrainedTokenizerBase
@@ -200,17 +201,11 @@ def example_model() -> Path:
     return found[0]
 
 
-def has_native_bfloat16() -> bool:
-    """True if this CPU multiplies bfloat16 in hardware; without it bfloat16 is slower than float32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()))
-
-
 def _dtype(dtype: str | torch.dtype, source: Source, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        slow = device.type == "cpu" and not has_native_bfloat16()
+        slow = device.type == "cpu" and not has_bf16(device)
         return torch.float32 if slow else source.dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
