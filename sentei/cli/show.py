@@ -14,16 +14,20 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def sizes(parent: dict[str, Any], child: dict[str, Any]) -> str:
+    """Before and after, a line each. A .gguf parent is mostly quantised: its file is not what to compare bytes with."""
+    before_bytes, name = parent["bytes"], "weights on disk"
+    if str(parent["path"]).endswith(".gguf"):
+        before_bytes, name = child["bytes"] / child["parameters"] * parent["parameters"], "in one dtype"
     lines = []
-    for name, what, unit, scale in (
-        ("parameters", "parameters", "M", 1e6),
-        ("of the layers", "layer_parameters", "M", 1e6),
-        ("weights on disk", "bytes", "MB", 1e6),
+    for label, before, after, unit in (
+        ("parameters", parent["parameters"], child["parameters"], "M"),
+        ("of the layers", parent["layer_parameters"], child["layer_parameters"], "M"),
+        (name, before_bytes, child["bytes"], "MB"),
     ):
-        before, after = parent[what], child[what]
-        lines.append(
-            f"{name:16}{before / scale:9.1f} {unit} -> {after / scale:.1f} {unit}  ({after / before - 1:+.1%})"
-        )
+        change = f"{before / 1e6:9.1f} {unit} -> {after / 1e6:.1f} {unit}  ({after / before - 1:+.1%})"
+        lines.append(f"{label:16}{change}")
+    if before_bytes != parent["bytes"]:
+        lines.append(f"{'':16}(the parent's own file, quantised: {parent['bytes'] / 1e6:.1f} MB)")
     return "\n".join(lines)
 
 

@@ -55,6 +55,8 @@ def values_of(result: dict[str, Any], last: Path) -> dict[str, float]:
         for what in ("parameters", "layer_parameters", "bytes")
         if record["result"].get(what) and record["parent"].get(what)
     }
+    if str(record["parent"]["path"]).endswith(".gguf"):
+        values.pop("bytes_ratio", None)  # a quantised file against one that is not
     if "measurements" in result:
         parent, child = (result["measurements"][name] for name in ("parent", last.name))
         for name, pick in (("perplexity", _perplexity), ("accuracy", _accuracy)):
