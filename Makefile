@@ -32,7 +32,7 @@ lint: .venv/installed-lint
 	$(BIN)/pyright
 
 bench: .venv/installed
-	$(BIN)/sentei bench demo/2-heal --against smollm2
+	$(BIN)/sentei bench demo/2-heal --against demo/parent
 
 setup: .venv/installed
 

@@ -19,7 +19,7 @@ Shape legend: U units, L layers, H hidden width, D head_dim, G query heads per K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,33 +63,27 @@ class Family:
         return bool(self.attention_norms)
 
 
-_DECODER: dict[str, Any] = {
-    "layers": "layers",
-    "attention": "self_attn",
-    "head_dim": "self_attn.head_dim",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "mlp": "mlp",
-    "up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": "mlp.down_proj",
-    "attention_norms": ("input_layernorm",),
-    "mlp_norms": ("post_attention_layernorm",),
-}
-_LLAMA = Family(**_DECODER)
-_GEMMA = Family(
-    **_DECODER
-    | {
-        "attention_norms": ("input_layernorm", "post_attention_layernorm"),
-        "mlp_norms": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    }
+_LLAMA = Family(
+    layers="layers",
+    attention="self_attn",
+    head_dim="self_attn.head_dim",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    mlp="mlp",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    attention_norms=("input_layernorm",),
+    mlp_norms=("post_attention_layernorm",),
 )
-_PHI3 = Family(
-    **_DECODER
-    | dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj")
-    | {"up": ("mlp.gate_up_proj",), "fused_up": True}
+_GEMMA = replace(
+    _LLAMA,
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+_FUSED = "self_attn.qkv_proj"
+_PHI3 = replace(_LLAMA, query=_FUSED, key=_FUSED, value=_FUSED, up=("mlp.gate_up_proj",), fused_up=True)
 _BERT = Family(
     layers="encoder.layer",
     attention="attention",
@@ -438,7 +432,7 @@ def _slice(linear: nn.Linear, rows: Tensor | None = None, cols: Tensor | None = 
             linear.in_features = len(cols)
 
 
-def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -255,7 +256,9 @@ def test_a_real_ctrl_c(parent, tmp_path):
     words += ["--calibration-seq-len", "60", "--out", str(tmp_path / "o")]
     before = files(tmp_path)
     command = [sys.executable, "-m", "sentei.cli", "compress", str(parent), *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background jobs ignore the signal, and so would their children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         lines = [process.stderr.readline()]  # "loading": torch is in, the work begins
         process.send_signal(signal.SIGINT)

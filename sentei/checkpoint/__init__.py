@@ -9,7 +9,7 @@ writing.py writes, reloads in a fresh process, and only then shows the folder un
 
 from sentei.checkpoint.forms import SHAPES, Form, form
 from sentei.checkpoint.reading import Source, example_model, inspect, load
-from sentei.checkpoint.writing import check_output, save
+from sentei.checkpoint.writing import check_output, save, unpack
 from sentei.remote import register
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "load",
     "register",
     "save",
+    "unpack",
 ]

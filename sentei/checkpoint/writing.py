@@ -82,6 +82,32 @@ def save(
     return out
 
 
+def unpack(gguf: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """A .gguf file as a Hugging Face folder: tokenizer, and weights dequantised to bfloat16 if they were packed.
+
+    Reading a GGUF takes half a minute each time, and sizes compare like with like beside a parent in the child's dtype.
+
+    Raises:
+        ValueError: not a readable GGUF of a known architecture, or `out` exists.
+    """
+    out = check_output(out, parent=gguf, force=force)
+    source = reading.inspect(gguf)
+    model, tokenizer = reading.load(gguf, dtype=source.dtype, device="cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(
+            f"Unpacked by sentei from {Path(gguf).name} (sha256 {source.sha256()}), stored here as {source.dtype}.\n",
+            encoding="utf-8",
+        )
+        _put_in_place(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
 def check_output(out: str | Path, *, parent: str | Path | None = None, force: bool = False) -> Path:
     """Refuse an output folder that must not be written, before the work is done.
 

@@ -118,10 +118,19 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     say = report or silent
     out = Path(recipe.out)
     model = find_model(recipe.model)
-    jobs = _check_stages(recipe, model, force)
+    # A GGUF is unpacked once: reading it takes half a minute, and its packed bytes compare with nothing of ours.
+    dense = str(out / "parent") if model.endswith(".gguf") else recipe.model
+    jobs = _check_stages(recipe, model, dense, force)
     load_text(recipe.data, recipe.text_field)  # unreadable text is told before anything is written
     write_yaml(out / "recipe.yaml", json.loads(json.dumps(dataclasses.asdict(recipe))))
     done = _Done(out / "done.json", force)
+    if model.endswith(".gguf"):
+        if not (out / "parent" / "config.json").exists():
+            from sentei import checkpoint
+
+            say({"message": f"unpacking {model} into {dense}"})
+            checkpoint.unpack(model, dense)
+        model = dense
     fresh = False
     for name, job in jobs:
         if not fresh and not force and job["out"].exists():
@@ -158,11 +167,11 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     return result
 
 
-def _check_stages(recipe: Recipe, model: str, force: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Name and arguments of `compress` for every stage; refuses what would be refused later."""
+def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Name and arguments of `compress` for every stage, the first from `start`; refuses what would be refused later."""
     jobs: list[tuple[str, dict[str, Any]]] = []
-    dense = parent_of(model) if (Path(model) / "compression.json").exists() else recipe.model
-    previous = recipe.model
+    dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
+    previous = start
     for name, stage in zip(recipe.names(), recipe.stages, strict=True):
         fields = {key: value for key, value in stage.items() if key not in ("name", "method", "data", "teacher")}
         if recipe.seed is not None and "seed" in method_fields(stage["method"]):
@@ -181,10 +190,13 @@ def _check_stages(recipe: Recipe, model: str, force: bool) -> list[tuple[str, di
             "trust_remote_code": recipe.trust_remote_code,
             **fields,
         }
-        # The folder of the stage before need not be there yet: the model stands in for it.
-        trust = recipe.trust_remote_code
-        job = Job.check(model, stage["method"], fields, out, force=True, teacher=teacher, trust_remote_code=trust)
-        resolved = dataclasses.replace(job, given=previous).resolved(arguments["data"], recipe.text_field)
+        # The folder of the stage before, and an unpacked parent, need not be there yet: the model stands in for them.
+        trust, there = recipe.trust_remote_code, model if teacher == start else teacher
+        job = Job.check(model, stage["method"], fields, out, force=True, teacher=there, trust_remote_code=trust)
+        unpacked = start if teacher == start != recipe.model else job.teacher
+        resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(
+            arguments["data"], recipe.text_field
+        )
         stamp = out / "recipe.yaml"
         same = stamp.exists() and yaml.safe_load(stamp.read_text(encoding="utf-8")) == resolved
         if out.exists() and not same and not force:
