@@ -56,7 +56,7 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = checkpoint.load(args.model)
     units = structure.units(model, "channels")
     head = model.get_output_embeddings().weight.numel()
-    loss, rows = Distillation(chunk=1024), []
+    loss, rows = Distillation(), []
     blocks_NT = data.blocks(data.load(args.data).train, tokenizer, 128, num=max(args.batches))
     for batch in args.batches:
         inputs = causal_batch(blocks_NT[:batch])

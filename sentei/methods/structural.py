@@ -51,7 +51,7 @@ class Run:
             batch = causal_batch(ids_BT)
         else:
             batch = masked_batch(ids_BT, self.tokenizer, seed=mix(self.method.seed, seed))
-        return Distillation(chunk=1024)(model, batch)["loss"]
+        return Distillation()(model, batch)["loss"]
 
     @torch.no_grad()
     def mean_loss(self, blocks_NT: Tensor, batch_size: int = 8) -> float:
