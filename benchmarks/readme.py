@@ -65,9 +65,10 @@ def search(result: dict[str, Any]) -> str:
     for tokens, sparsity, way in by_way:
         if way == "sliced":
             masked, sliced = by_way[tokens, sparsity, "masked"], by_way[tokens, sparsity, "sliced"]
+            spread = f"({sliced['least']:.2f} to {sliced['most']:.2f})"
             lines.append(
-                f"| {tokens} | {sparsity:.0%} | {masked['ratio']:.2f} | {sliced['ratio']:.2f} ({sliced['least']:.2f} to "
-                f"{sliced['most']:.2f}) | {sliced['ideal']:.2f} | {sliced['over_ideal']:.2f} |"
+                f"| {tokens} | {sparsity:.0%} | {masked['ratio']:.2f} | {sliced['ratio']:.2f} {spread} "
+                f"| {sliced['ideal']:.2f} | {sliced['over_ideal']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 
