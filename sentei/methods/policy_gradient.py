@@ -222,7 +222,7 @@ class _Search:
         if method.resolved_compensate != "none":
             self.fill = importance.mean_fill(run.model, self.units, run.calibration)
         self.history: list[dict[str, Any]] = []
-        self.numbers: dict[str, Any] = {"level": 0, "step": 0, "forwards": 0, "skipped": 0, "baseline": None}
+        self.numbers: dict[str, Any] = {"level": 0, "step": 0, "forwards": 0, "skipped": 0}
         self.best: dict[str, Tensor] = {"keep": torch.ones(len(self.units), dtype=torch.bool)}
 
     def account(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class _Search:
             if number and not self.numbers["step"] and widths is not None:
                 bits.start_from(widths)
             self._climb(level, levels, sum(before.steps for before in levels[:number]))
-            self.numbers |= {"level": number + 1, "step": 0, "baseline": None}
+            self.numbers |= {"level": number + 1, "step": 0}
         return self.best["keep"] if method.keep_best else levels[-1].hard()
 
     def _climb(self, level: _Level, levels: list[_Level], offset: int) -> None:
