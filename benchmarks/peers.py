@@ -207,6 +207,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", default="results/peers-smollm2.json")
+    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
     parser.add_argument(
         "--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration and healing text"
     )
