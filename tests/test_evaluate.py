@@ -407,6 +407,15 @@ def test_text_that_the_model_was_made_with_is_measured_on_its_test_part(checkpoi
     assert measurement["sha256"] == data.fingerprint(["\n\n".join(text.test)])
 
 
+def test_a_parent_is_measured_on_what_its_child_is(checkpoint, text_file, tmp_path):
+    child = tmp_path / "child"
+    child.mkdir()
+    record_data(child, data.load(str(text_file)))
+    alone = evaluate.run(checkpoint, texts=[str(text_file)], contexts=[8])["measurements"][0]
+    beside = evaluate.run(checkpoint, texts=[str(text_file)], contexts=[8], beside=[child])["measurements"][0]
+    assert (alone["part"], beside["part"]) == ("whole", "test")
+
+
 def test_a_source_of_a_mixture_counts_as_used(checkpoint, text_file):
     record_data(checkpoint, data.load(f"{text_file}=0.5,python-docs=0.5"))
     assert evaluate.run(checkpoint, texts=[str(text_file)], contexts=[8])["measurements"][0]["part"] == "test"

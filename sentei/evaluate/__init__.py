@@ -93,6 +93,7 @@ def run(
     seed: int = 0,
     text_field: str = "text",
     json_path: str | Path | None = None,
+    beside: Sequence[str | Path] = (),
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def run(
         seed: of the split of `data.load` and of the masking of encoders.
         json_path: where to write; eval.json in the folder if not given. For a file or a hub id nothing is written
             then. Measurements of the same thing are replaced, others kept.
+        beside: checkpoints to compare with: a file that one of these was made with is measured by its test part, too.
 
     Returns: {"checkpoint", "measurements": the new ones, "json": path or None}. A measurement has metric, value,
         dataset and compute_dtype; of a text also part, sha256, context, stride, bos, blocks, tokens, loss; of a task
@@ -121,7 +123,7 @@ def run(
         json_path = Path(folder) / "eval.json"
     if json_path is not None:
         _read_measurements(Path(json_path))  # a bad file is told now, not after an hour
-    read = [(name, *_text_of(name, folder, seed, text_field)) for name in texts]
+    read = [(name, *_text_of(name, (folder, *beside), seed, text_field)) for name in texts]
     model, tokenizer = checkpoint.load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     measurements = []
     for name, text, part in read:
@@ -210,10 +212,10 @@ def _measure_tasks(
     ]
 
 
-def _text_of(name: str, folder: str | Path, seed: int, text_field: str) -> tuple[str, str]:
+def _text_of(name: str, folders: Sequence[str | Path], seed: int, text_field: str) -> tuple[str, str]:
     """The text to measure and which part of `name` it is: "whole" or "test"."""
-    record = Path(folder) / "compression.json"
-    stages = json.loads(record.read_text(encoding="utf-8")).get("stages", []) if record.is_file() else []
+    records = [record for folder in folders if (record := Path(folder) / "compression.json").is_file()]
+    stages = [stage for record in records for stage in json.loads(record.read_text(encoding="utf-8")).get("stages", [])]
     used = {stage["data"]["name"]: stage["data"]["sha256"] for stage in stages if stage.get("data")}
     path = Path(name).expanduser()
     if path.is_file():
@@ -223,7 +225,7 @@ def _text_of(name: str, folder: str | Path, seed: int, text_field: str) -> tuple
     text = data.load(name, seed=seed, text_field=text_field)
     if used.get(name, text.sha256) != text.sha256:
         warnings.warn(
-            f"the text {name} or its split is not the one that {folder} was made with: the test part may hold text"
+            f"the text {name} or its split is not the one that {folders[0]} was made with: the test part may hold text"
             " that the model has seen",
             stacklevel=3,
         )

@@ -144,10 +144,11 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     result: dict[str, Any] = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe)}
     if recipe.evaluate:
         places = {"parent": model, **{name: str(job["out"]) for name, job in jobs}}
+        stages = [str(job["out"]) for _, job in jobs]
         result["measurements"] = measured = {}
         for name, place in places.items():
             measured[name] = done.once(
-                f"evaluate {name}", recipe.evaluate, partial(_evaluate, recipe, place, out / name, say)
+                f"evaluate {name}", recipe.evaluate, partial(_evaluate, recipe, place, out / name, say, stages)
             )
     if recipe.benchmark is not None:
         result["benchmark"] = done.once(
@@ -227,13 +228,14 @@ class _Done:
         self.steps = {step: made for step, made in self.steps.items() if step.split(" ", 1)[1] != name}
 
 
-def _evaluate(recipe: Recipe, model: str, folder: Path, say: Progress) -> list[dict[str, Any]]:
+def _evaluate(recipe: Recipe, model: str, folder: Path, say: Progress, beside: list[str]) -> list[dict[str, Any]]:
     from sentei import evaluate
 
     say({"message": f"evaluating {model}"})
     result = evaluate.run(
         model,
         json_path=folder / "eval.json",
+        beside=beside,
         dtype=recipe.dtype,
         text_field=recipe.text_field,
         trust_remote_code=recipe.trust_remote_code,
