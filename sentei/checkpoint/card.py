@@ -19,7 +19,7 @@ def text(account: dict[str, Any], name: str) -> str:
     sections = [
         _front_matter(account),
         f"# {name}",
-        f"`{parent['path']}`, made smaller with [sentei](https://pypi.org/project/sentei/) {account['sentei']}.",
+        f"`{parent['path']}`, made smaller with sentei {account['sentei']}.",
         "## Before and after",
         _sizes(account),
         "## How to load",
