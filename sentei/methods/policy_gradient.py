@@ -207,20 +207,14 @@ class _Search:
     def __init__(self, method: PolicyGradient, run: Run):
         self.method, self.run, self.units, self.folder = method, run, run.units, run.workdir
         self.remove = masks.removal_target(run.units, method.sparsity)
-        self.metric_U = self._initial_metric()
+        run.blocks(2 * method.batch_size, method.seq_len)  # refuses a text too short for two batches
         blocks_NT = run.blocks(None, method.seq_len)
-        if len(blocks_NT) < 2 * method.batch_size:
-            raise ValueError(
-                f"found {len(blocks_NT)} blocks of {method.seq_len} tokens, need {2 * method.batch_size}; "
-                "lower seq_len or batch_size, or give more text"
-            )
         self.batches = blocks_NT[: len(blocks_NT) // method.batch_size * method.batch_size].split(method.batch_size)
         self.held = run.blocks(None, method.seq_len, "validation")[: method.eval_samples]
         if not len(self.held):
             raise ValueError(f"the validation text holds no block of {method.seq_len} tokens; give more text")
-        self.fill = None
-        if method.resolved_compensate != "none":
-            self.fill = importance.mean_fill(run.model, self.units, run.calibration)
+        self.metric_U = self._initial_metric()  # minutes of calibration: after what may be refused
+        self.fill = run.fill if method.resolved_compensate != "none" else None
         self.history: list[dict[str, Any]] = []
         self.numbers: dict[str, Any] = {"level": 0, "step": 0, "forwards": 0, "skipped": 0}
         self.best: dict[str, Tensor] = {"keep": torch.ones(len(self.units), dtype=torch.bool)}

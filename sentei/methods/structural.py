@@ -40,6 +40,11 @@ class Run:
         method = self.method
         return self.blocks(method.calibration_samples, method.calibration_seq_len)
 
+    @cached_property
+    def fill(self) -> masks.Fill:
+        """Mean activations of the dense model on the calibration text: for a search and for the cut after it."""
+        return importance.mean_fill(self.model, self.units, self.calibration)
+
     def blocks(self, num: int | None, seq_len: int, part: str = "train") -> Tensor:
         documents = getattr(self.text, part)
         return data.blocks(documents, self.tokenizer, seq_len, num=num, seed=self.method.seed)
@@ -176,7 +181,7 @@ class Structural:
         if keep_U.all():
             pass
         elif self.resolved_compensate == "mean":
-            bias = importance.mean_bias(model, units, keep_U, importance.mean_fill(model, units, run.calibration))
+            bias = importance.mean_bias(model, units, keep_U, run.fill)
         elif self.resolved_compensate == "least-squares":
             bias = importance.refit(model, units, keep_U, run.calibration, ridge=self.ridge, tick=run.tick)
         before = structure.layer_parameters(model), structure.total_parameters(model)
