@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -137,6 +138,11 @@ def learning_rate(settings: Settings, progress: float) -> float:
         return settings.lr * progress / settings.warmup
     angle = math.pi * min(1.0, (progress - settings.warmup) / (1 - settings.warmup))
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(angle)))
+
+
+def processes() -> PartialState:
+    """The processes that `accelerate launch` or torchrun started; one, where neither did."""
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def mix(*parts: object) -> int:

@@ -67,6 +67,10 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def words() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of single characters for the tiny models' vocabulary."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 

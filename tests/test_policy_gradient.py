@@ -9,13 +9,15 @@ import torch
 from conftest import tiny_model
 
 from sentei import data, masks, structure
-from sentei.methods import policy_gradient as pg
-from sentei.methods.policy_gradient import PolicyGradient, estimate, project, sigmap
+from sentei.methods.policy_gradient import PolicyGradient
+from sentei.methods.policy_gradient.estimate import ESTIMATORS, estimate, project, sigmap, uniform
+from sentei.methods.policy_gradient.search import Search
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away into woods "
 TEXT = data.Text([WORDS * 40] * 3, [WORDS * 20], [WORDS], "words", "0")
 QUICK = {
-    "calibration_samples": 4, "calibration_seq_len": 16, "seq_len": 16, "batch_size": 2, "coarse_steps": 4,
+    "calibration_samples": 4, "calibration_seq_len": 16, "seq_len": 16, "batch_size": 2, "slope_sweeps": 1,
+    "coarse_steps": 4,
     "eval_every": 2, "eval_samples": 4, "save_every": 1,
 }  # fmt: skip
 
@@ -48,7 +50,7 @@ def loss_of(m):
 
 
 @pytest.mark.parametrize("baseline", [0.0, 7.0])
-@pytest.mark.parametrize("name", pg.ESTIMATORS)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_mean_is_the_exact_gradient(name, baseline):
     """Every pair of masks with its probability: the mean must be 1.8 sqrt(s (1 - s)) dE[L]/ds."""
     s = double(0.3, 0.5, 0.8)
@@ -119,12 +121,12 @@ def test_sigmap_on_hand_numbers():
 
 
 def test_uniforms_are_exact():
-    u = pg._uniform(0, 1, 2, 10_000)
+    u = uniform(0, 1, 2, 10_000)
     assert torch.equal(1 - (1 - u), u) and float(u.min()) > 0 and float(u.max()) < 1
-    assert torch.equal(u, pg._uniform(0, 1, 2, 10_000)) and not torch.equal(u, pg._uniform(0, 1, 3, 10_000))
+    assert torch.equal(u, uniform(0, 1, 2, 10_000)) and not torch.equal(u, uniform(0, 1, 3, 10_000))
 
 
-@pytest.mark.parametrize("name", pg.ESTIMATORS[:3])
+@pytest.mark.parametrize("name", ESTIMATORS[:3])
 def test_planted_units_are_found(name):
     """Eight of sixteen units matter; noise common to the masks of a step is as large as their effect."""
     hits = 0
@@ -153,7 +155,7 @@ def test_a_useless_layer_pays(words, monkeypatch, fields):
     def planted(self, keep_U, step):
         return 3.0 - float(keep_U[units.layer_U != 2].double().mean())
 
-    monkeypatch.setattr(pg._Search, "_loss", planted)
+    monkeypatch.setattr(Search, "loss", planted)
     method = PolicyGradient(
         sparsity=0.15, granularity="channels", coarse_sigma=0.1, coarse_lr=0.1, keep_best=False, **QUICK | fields
     )
@@ -172,7 +174,7 @@ def test_killed_and_resumed_equals_never_killed(words, tmp_path, monkeypatch, fi
     for killed_after in (1, 3, 5):
         folder = tmp_path / str(killed_after)
         with monkeypatch.context() as patched:
-            save, saves = pg._Search._save, []
+            save, saves = Search._save, []
 
             def dies(self, levels, save=save, saves=saves, killed_after=killed_after):
                 save(self, levels)
@@ -180,7 +182,7 @@ def test_killed_and_resumed_equals_never_killed(words, tmp_path, monkeypatch, fi
                 if len(saves) == killed_after:
                     raise KeyboardInterrupt
 
-            patched.setattr(pg._Search, "_save", dies)
+            patched.setattr(Search, "_save", dies)
             with pytest.raises(KeyboardInterrupt):
                 method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
         resumed = method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
@@ -210,15 +212,15 @@ def test_forward_only(words, monkeypatch):
 
 def test_bad_losses_are_dropped_and_counted(words, monkeypatch):
     method = PolicyGradient(sparsity=0.3, **QUICK)
-    real, calls = pg._Search._loss, []
+    real, calls = Search.loss, []
 
     def sometimes(self, keep_U, step):
         calls.append(1)
         return math.nan if len(calls) == 2 else real(self, keep_U, step)
 
-    monkeypatch.setattr(pg._Search, "_loss", sometimes)
+    monkeypatch.setattr(Search, "loss", sometimes)
     assert method.compress(tiny_model("llama"), words, TEXT)["skipped"] == 1
-    monkeypatch.setattr(pg._Search, "_loss", lambda self, keep_U, step: math.nan)
+    monkeypatch.setattr(Search, "loss", lambda self, keep_U, step: math.nan)
     with pytest.raises(ValueError, match="try --dtype float32"):
         PolicyGradient(sparsity=0.3, **QUICK | {"coarse_steps": 30}).compress(tiny_model("llama"), words, TEXT)
 

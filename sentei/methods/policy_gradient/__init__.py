@@ -1,0 +1,140 @@
+"""Structural pruning learned from forward passes only, by policy gradient.
+
+"Optimization-based Structural Pruning for Large Language Models without Back-Propagation", arXiv 2406.10576.
+
+Every removable unit i has a keep-probability s_i; masks are sampled, the frozen model runs forward under them, and s
+moves along a REINFORCE estimate under the parameter budget sum_i w_i s_i <= R. No gradient is taken, no weight changes.
+
+1. Score the units once; that is the start                                              `_initial_metric`, `sigmap`
+2. Coarse levels (ours): each layer and kind has one keep-fraction, the order inside a
+   layer is the initial one
+   a. slopes of the loss in one fraction after the other, sharing the layers below it   `levels.Slopes`
+   b. antithetic Gaussian steps on all fractions at once                                `levels.Widths`
+3. Fine level (the paper's): in each step, K masks m ~ Bernoulli(s) on one batch        `levels.Bits`
+   a. losses L_k of the masked model, baseline d = moving average of their mean
+   b. phi = (m - s) / sqrt(s (1 - s)),  g = sum_k (L_k - d) phi_k / (K - 1)             `estimate`
+   c. s <- project(s - lr g) onto 0 <= s <= 1, sum w s <= R                             `project`
+4. Keep the units with the highest s, exactly to the budget                             `masks.select`
+5. Cut them out; removed units may leave their mean activation, or a refit              `Structural.cut`
+
+Now and then the hard mask is evaluated on held-out text; the best one seen wins, the start included. The state is saved
+every `save_every` steps, and randomness depends on (seed, step, sample) alone, so a resumed run continues exactly.
+
+Shape legend: U units, K samples, P pairs of (layer, kind).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sentei.methods import option
+from sentei.methods.policy_gradient.estimate import ESTIMATORS
+from sentei.methods.policy_gradient.reward import BUILT_IN
+from sentei.methods.policy_gradient.search import Search
+from sentei.methods.structural import Run, Structural
+
+INITS = ("wanda", "flap", "magnitude", "taylor", "block_influence", "random")
+
+# The authors' own settings (their scripts for 7B models): single channels, two separate budgets, no coarse level.
+PAPER: dict[str, Any] = {
+    "slope_sweeps": 0, "coarse_steps": 0, "steps": 15_000, "lr": 2e-3, "budget": "family", "channel_group": 1,
+    "compensate": "none", "calibration_seq_len": 1024, "eval_every": 1000, "save_every": 100,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Structural):
+    """Learn which units to keep, from forward passes only."""
+
+    paper: ClassVar[str] = "arXiv 2406.10576"
+
+    preset: str = option("ours", "ours, or paper: the authors' settings (any field that is given still wins)")
+    compensate: str = option(
+        "auto",
+        "none, mean or least-squares; auto: mean for heads and channels; unless none, the search fills in the means",
+    )
+    init: str = option(
+        "auto", f"initial scores: {', '.join(INITS)}; auto: wanda, or block_influence for whole blocks", "authors' code"
+    )
+    budget: str = option("global", "global: all units compete; family: heads and channels lose the same fraction")
+    slope_sweeps: int = option(
+        3, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "[ours]"
+    )
+    slope_delta: float = option(0.1, "how much of a layer's units gives way in such a forward", "[ours]")
+    slope_rate: float = option(4.0, "assumed decay of the loss in a keep-fraction: higher moves less", "[ours]")
+    coarse_steps: int = option(50, "antithetic pairs of the search over keep-fractions; 0 leaves it out")
+    coarse_sigma: float = option(0.05, "standard deviation of the perturbed keep-fractions")
+    coarse_lr: float = option(0.02, "typical move of a keep-fraction in one step, cosine to 0")
+    steps: int = option(0, "steps of the search over units", "15,000 in the authors' scripts")
+    samples: int = option(2, "masks per step, K", "authors' scripts")
+    estimator: str = option("moving_average", f"one of {', '.join(ESTIMATORS)}", "moving_average: authors' code")
+    baseline_window: int = option(5, "window T of the moving-average baseline", "authors' scripts")
+    lr: float | None = option(None, "step size of s, cosine to 0; default 30 / steps", "2e-3 at 15,000 steps")
+    batch_size: int = option(8, "blocks per forward", "authors' scripts")
+    seq_len: int = option(128, "tokens per block", "authors' scripts")
+    phi_eps: float = option(1e-7, "keeps phi finite at s = 0 and s = 1", "authors' code")
+    channel_group: int = option(32, "channels that share one bit in the search over units; 1 in the authors' code")
+    reward: str = option(
+        "lm_loss",
+        f"lm_loss (masked tokens for encoders), {', '.join(BUILT_IN)}, or module:function of yours with "
+        "(model, batch) -> float, higher is better",
+        "[ours]",
+    )
+    reward_data: str | None = option(None, "JSONL rows given to the reward as batch.examples; a fifth is held out")
+    reward_scale: str = option(
+        "auto", "none; std: the search over units scales rewards to a common spread; auto: std for functions of yours"
+    )
+    eval_every: int = option(10, "steps between evaluations of the hard mask on held-out text")
+    eval_samples: int = option(16, "held-out blocks of those evaluations")
+    save_every: int = option(10, "steps between saves of the state, when there is a work folder")
+    keep_best: bool = option(True, "return the best hard mask evaluated, the start included, instead of the last")
+    finish: bool = option(False, "do not search on: cut the best mask that an interrupted search has saved")
+
+    def __post_init__(self) -> None:
+        if self.preset not in ("ours", "paper"):
+            raise ValueError(f"preset is ours or paper; got {self.preset!r}")
+        if self.preset == "paper":
+            for name, value in PAPER.items():
+                if getattr(self, name) == self.__dataclass_fields__[name].default:
+                    object.__setattr__(self, name, value)
+
+    def check(self) -> None:
+        super().check()
+        for name, value, known in (("estimator", self.estimator, ESTIMATORS), ("init", self.resolved_init, INITS)):
+            if value not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
+        if self.budget not in ("global", "family"):
+            raise ValueError(f"budget is global or family; got {self.budget!r}")
+        if self.samples < 2:
+            raise ValueError("samples must be at least 2: the estimate divides by samples - 1")
+        if self.estimator == "antithetic" and self.samples % 2:
+            raise ValueError(f"antithetic needs an even number of samples; got {self.samples}")
+        if self.reward_scale not in ("auto", "none", "std"):
+            raise ValueError(f"reward_scale is auto, none or std; got {self.reward_scale!r}")
+        if self.reward_data is not None and self.reward == "lm_loss":
+            raise ValueError("reward_data is for a reward function; give reward too, or the text by data")
+        for name in ("batch_size", "seq_len", "channel_group", "eval_every", "eval_samples", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.whole != (self.resolved_init == "block_influence") and self.init != "random":
+            raise ValueError(f"init={self.init} does not score {self.granularity}; block_influence scores whole blocks")
+        if self.whole and not self.steps:
+            raise ValueError(f"{self.granularity} have no widths to search over: give steps, for example 200")
+
+    @property
+    def resolved_init(self) -> str:
+        return ("block_influence" if self.whole else "wanda") if self.init == "auto" else self.init
+
+    @property
+    def resolved_reward_scale(self) -> str:
+        return ("none" if self.reward == "lm_loss" else "std") if self.reward_scale == "auto" else self.reward_scale
+
+    @torch.inference_mode()
+    def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
+        search = Search(self, run)
+        keep_U = search.best_U() if search.remove > 0 else torch.ones(len(run.units), dtype=torch.bool)
+        return keep_U, search.account()

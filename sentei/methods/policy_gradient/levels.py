@@ -1,0 +1,325 @@
+"""The levels of the search, from coarse to fine: what is searched over, how it is sampled, how losses move it.
+
+`Slopes` and `Widths` search one keep-fraction per layer and kind (`Allocation`), `Bits` one probability per unit.
+
+Shape legend: U units, K samples, P pairs of (layer, kind).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from sentei import masks, structure
+from sentei.methods.policy_gradient.estimate import estimate, project, sigmap, uniform
+
+if TYPE_CHECKING:
+    from sentei.methods.policy_gradient.search import Search
+
+
+class Level(Protocol):
+    """One level of the search.
+
+    `measure` runs the forwards of a step on this process's batch and returns their losses; `update` moves the level's
+    tensors by them, the same on every process, and returns figures for the log.
+    """
+
+    steps: int
+    forwards: float  # of the whole model, that a step costs
+    evaluate_always: bool
+
+    def measure(self, step: int, turn: int) -> list[float]: ...
+    def update(self, losses: list[float], step: int) -> dict[str, float]: ...
+    def hard(self) -> Tensor: ...  # the keep mask [U] it stands for now
+    def tensors(self) -> dict[str, Tensor]: ...  # its state, changed in place
+
+
+class Allocation:
+    """One keep-fraction per layer and kind; inside a layer the best units by the initial metric stay."""
+
+    def __init__(self, search: Search):
+        self.search, self.method, units = search, search.method, search.units
+        found = [(layer, kind) for layer in range(units.num_layers) for kind in units.granularity]
+        self.pairs = [of for layer, kind in found if len(of := units.of(layer, kind))]
+        self.weight_P = torch.tensor([float(units.cost_U[of].sum()) for of in self.pairs], dtype=torch.double)
+        self.kind_P = torch.tensor([int(units.kind_U[of[0]]) for of in self.pairs])
+        self.layer_P = torch.tensor([int(units.layer_U[of[0]]) for of in self.pairs])
+        self.rank_U = torch.zeros(len(units), dtype=torch.double)  # place in its layer, best first, in (0, 1)
+        for of in self.pairs:
+            order = of[search.metric_U[of].argsort(descending=True, stable=True)]
+            self.rank_U[order] = (torch.arange(len(of), dtype=torch.double) + 0.5) / len(of)
+        self.fraction_P = self._start()
+
+    def _start(self) -> Tensor:
+        """Under a global budget channels pay first: a KV group is too coarse a step to take from every layer."""
+        budget = float(self.search.units.total - self.search.remove)
+        ratio = budget / float(self.weight_P.sum())
+        fraction_P = torch.full_like(self.weight_P, ratio)
+        heads = self.kind_P == structure.KINDS.index("heads")
+        if self.method.budget == "global" and heads.any() and not heads.all():
+            left = (budget - float(self.weight_P[heads].sum())) / float(self.weight_P[~heads].sum())
+            if left > 0.25 * ratio:
+                fraction_P[heads], fraction_P[~heads] = 1.0, left
+        return fraction_P
+
+    def within_budget(self, fraction_P: Tensor) -> Tensor:
+        """Spend the budget exactly: raised beyond it, then projected back."""
+        groups = [torch.ones_like(self.kind_P, dtype=torch.bool)]
+        if self.method.budget == "family":
+            groups = [self.kind_P == kind for kind in self.kind_P.unique()]
+        share = 1 - self.search.remove / self.search.units.total
+        out_P = fraction_P.clone()
+        for inside in groups:
+            w = self.weight_P[inside]
+            raised = fraction_P[inside] + 2 * w / w.min()
+            out_P[inside] = project(raised, w, share * float(w.sum()))
+        return out_P
+
+    def keep(self, fraction_P: Tensor) -> Tensor:
+        """[U] bool: the mask of these fractions, exactly to the budget."""
+        score_U = -self.rank_U
+        for of, fraction in zip(self.pairs, fraction_P.tolist(), strict=True):
+            score_U[of] += fraction
+        scope = "global" if self.method.budget == "global" else "family"
+        return self.method.select(score_U, self.search.units, scope)
+
+    def hard(self) -> Tensor:
+        return self.keep(self.fraction_P)
+
+
+class Slopes:
+    """Slopes one by one: how the loss answers when a single fraction gives way, everything below it run only once.
+
+    A random direction mixes the effects of all fractions; here they come apart, and a forward starts at the layer that
+    changes, so that a sweep over P fractions costs about P / 2 forwards. Taking the loss as a sum of
+    a_p exp(-rate f_p), each measured slope gives one estimate of a_p wherever f_p stood, and the estimates of all
+    sweeps are averaged. The allocation that this model says is best has equal slopes per parameter:
+    f_p = (log(a_p / w_p) - v) / rate, with v from the budget.
+    """
+
+    evaluate_always = True
+
+    def __init__(self, search: Search, allocation: Allocation):
+        self.search, self.method, self.allocation = search, search.method, allocation
+        self.steps = self.method.slope_sweeps
+        self.sum_P = torch.zeros(len(allocation.pairs), dtype=torch.double)
+        self.count = torch.zeros(1, dtype=torch.double)
+        sizes_P = torch.tensor([len(of) for of in allocation.pairs], dtype=torch.double)
+        self.delta_P = torch.clamp(1 / sizes_P, min=self.method.slope_delta)  # at least one unit
+        layers = search.units.num_layers
+        self.forwards = 1 + float((layers - allocation.layer_P).sum()) / layers
+
+    def measure(self, step: int, turn: int) -> list[float]:
+        """The loss of the batch as it is, then with each fraction lowered alone."""
+        search, allocation = self.search, self.allocation
+        keep_U = self.hard()
+        losses: list[float] = []
+        # A reward may run the model as often as it likes; the language-model loss runs it once, on this batch.
+        inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(keep_U, turn)))
+        for pair, of in enumerate(allocation.pairs):
+            less_U = keep_U.clone()
+            kept = of[keep_U[of]]
+            worst_first = kept[allocation.rank_U[kept].argsort(descending=True)]
+            less_U[worst_first[: self._fewer(pair)]] = False
+            layer = int(allocation.layer_P[pair])
+            once = search.reward is None and len(inputs) == search.units.num_layers
+            shared = masks.starting_at(search.run.model, layer, inputs[layer]) if once else nullcontext()
+            with shared:
+                losses.append(search.loss(less_U, turn))
+            search.run.tick(
+                "searching: slopes", step * len(allocation.pairs) + pair, self.steps * len(allocation.pairs)
+            )
+        return losses
+
+    def _fewer(self, pair: int) -> int:
+        return round(float(self.delta_P[pair]) * len(self.allocation.pairs[pair]))
+
+    def update(self, losses: list[float], step: int) -> dict[str, float]:
+        allocation, rate = self.allocation, self.method.slope_rate
+        losses_P = torch.tensor(losses[1:], dtype=torch.double)
+        kept_P = self._kept_fraction()
+        taken_P = torch.minimum(self.delta_P, kept_P)  # a pair with nothing left has no slope: it counts as flat
+        slope_P = torch.where(taken_P > 0, (losses_P - losses[0]) / taken_P.clamp_min(1e-9), 0.0)
+        slope_P = torch.where(torch.isfinite(slope_P), slope_P, 0.0)
+        sample_P = slope_P / allocation.weight_P * torch.exp(rate * (kept_P - taken_P / 2))
+        self.sum_P += self.search.mean(sample_P)
+        self.count += 1
+        mean_P = self.sum_P / self.count
+        floor = 0.05 * mean_P.clamp_min(0).mean()  # a slope may come out negative by chance; no layer is worth nothing
+        log_P = mean_P.clamp_min(float(floor) + 1e-300).log()
+        allocation.fraction_P.copy_(allocation.within_budget((log_P - log_P.max()) / rate + 1))
+        return {"steepest": float(slope_P.max()), "flattest": float(slope_P.min())}
+
+    def _kept_fraction(self) -> Tensor:
+        keep_U = self.hard()
+        return torch.tensor([float(keep_U[of].double().mean()) for of in self.allocation.pairs], dtype=torch.double)
+
+    def hard(self) -> Tensor:
+        return self.allocation.hard()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sum": self.sum_P, "count": self.count, "fraction": self.allocation.fraction_P}
+
+
+class Widths:
+    """All keep-fractions at once, along random directions.
+
+    With e ~ N(0, 1) per fraction, (L(f + sigma e) - L(f - sigma e)) e is, up to a factor, an unbiased estimate of the
+    slope of the smoothed loss (parameter-exploring policy gradients, 10.1016/j.neunet.2009.12.004). The difference is
+    divided by its own running size, so that `coarse_lr` is the typical move whatever the model and the budget.
+    """
+
+    evaluate_always = False
+
+    def __init__(self, search: Search, allocation: Allocation):
+        self.search, self.method, self.allocation = search, search.method, allocation
+        self.steps, self.forwards = self.method.coarse_steps, 2.0
+        self.scale = torch.zeros(1, dtype=torch.double)
+
+    def _noise(self, step: int) -> Tensor:
+        """[P] standard normal, of this process and step."""
+        number, count = step * self.search.ranks + self.search.rank, len(self.allocation.pairs)
+        u = [uniform(self.method.seed, number, sample, count).double() for sample in (0, 1)]
+        return (-2 * u[0].log()).sqrt() * (2 * math.pi * u[1]).cos()
+
+    def sample(self, step: int) -> list[Tensor]:
+        allocation = self.allocation
+        shift_P = self.method.coarse_sigma * self._noise(step)
+        return [allocation.keep(allocation.within_budget(allocation.fraction_P + sign * shift_P)) for sign in (1, -1)]
+
+    def measure(self, step: int, turn: int) -> list[float]:
+        return [self.search.loss(keep_U, turn) for keep_U in self.sample(step)]
+
+    def update(self, losses: list[float], step: int) -> dict[str, float]:
+        lr = self.method.coarse_lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        difference = losses[0] - losses[1]
+        difference = difference if math.isfinite(difference) else 0.0
+        size = float(self.search.mean(torch.tensor([abs(difference)], dtype=torch.double)))
+        scale = float(self.scale)
+        self.scale.fill_(0.9 * scale + 0.1 * size if scale and size else scale or size)
+        move = max(-2.0, min(2.0, difference / (float(self.scale) + 1e-12)))
+        move_P = self.search.mean(move * self._noise(step))
+        fraction_P = self.allocation.fraction_P
+        fraction_P.copy_(self.allocation.within_budget(fraction_P - lr * move_P))
+        return {"lr": lr, "difference": difference}
+
+    def hard(self) -> Tensor:
+        return self.allocation.hard()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"fraction": self.allocation.fraction_P, "scale": self.scale}
+
+
+class Bits:
+    """Fine level, the paper's: a keep-probability per unit, or per run of `channel_group` like channels."""
+
+    evaluate_always = False
+
+    def __init__(self, search: Search):
+        self.search, self.method, units = search, search.method, search.units
+        self.steps, self.forwards = self.method.steps, float(self.method.samples)
+        self.bit_U = torch.zeros(len(units), dtype=torch.long)  # which bit a unit follows
+        count = 0
+        for layer in range(units.num_layers):
+            for kind in units.granularity:
+                of = units.of(layer, kind)
+                order = of[search.metric_U[of].argsort(descending=True, stable=True)]
+                size = self.method.channel_group if kind == "channels" else 1
+                self.bit_U[order] = count + torch.arange(len(of)) // size
+                count += math.ceil(len(of) / size)
+        self.first = torch.zeros(count, dtype=torch.long).index_copy(
+            0, self.bit_U.flip(0), torch.arange(len(units)).flip(0)
+        )
+        self.weight = torch.zeros(count, dtype=torch.double).index_add(0, self.bit_U, units.cost_U.double())
+        size = torch.zeros(count, dtype=torch.double).index_add(
+            0, self.bit_U, torch.ones(len(units), dtype=torch.double)
+        )
+        metric = torch.zeros(count, dtype=torch.double).index_add(0, self.bit_U, search.metric_U.double()) / size
+        self.kind, self.layer = units.kind_U[self.first], units.layer_U[self.first]
+        ratio = 1 - search.remove / units.total
+        s = torch.zeros(count, dtype=torch.double)
+        everything = [torch.ones(count, dtype=torch.bool)]
+        for group in everything if self.method.whole else self._groups():  # one unit a layer has no spread of its own
+            s[group] = sigmap(metric[group], ratio)
+        self.s = self._within_budget(s)
+        self.baseline = torch.full((1,), math.nan, dtype=torch.double)
+        self.spread = torch.zeros(1, dtype=torch.double)  # of the losses of one batch's masks, running mean
+
+    def _groups(self) -> list[Tensor]:
+        key = self.layer * len(structure.KINDS) + self.kind
+        return [key == value for value in key.unique()]
+
+    def start_from(self, allocation: Allocation) -> None:
+        """Every layer's probabilities get the mean that the coarse level found for it."""
+        for group, fraction in zip(self._groups(), self._fractions(allocation), strict=True):
+            metric = -allocation.rank_U[self.first][group]
+            self.s[group] = sigmap(metric, fraction)
+        self.s.copy_(self._within_budget(self.s))
+
+    def _fractions(self, allocation: Allocation) -> list[float]:
+        key_P = allocation.layer_P * len(structure.KINDS) + allocation.kind_P
+        return allocation.fraction_P[key_P.argsort()].tolist()
+
+    def _within_budget(self, z: Tensor) -> Tensor:
+        share = 1 - self.search.remove / self.search.units.total
+        if self.method.budget == "global":
+            return project(z, self.weight, share * float(self.weight.sum()))
+        out = z.clone()
+        for kind in self.kind.unique():
+            inside = self.kind == kind
+            out[inside] = project(z[inside], self.weight[inside], share * float(self.weight[inside].sum()))
+        return out
+
+    def _bits(self, step: int) -> Tensor:
+        """[K, bits] the masks of this process and step."""
+        number, count = step * self.search.ranks + self.search.rank, len(self.s)
+        if self.method.estimator == "antithetic":
+            pairs = [uniform(self.method.seed, number, k, count) for k in range(self.method.samples // 2)]
+            u = torch.stack([each for u in pairs for each in (u, 1 - u)])
+        else:
+            u = torch.stack([uniform(self.method.seed, number, k, count) for k in range(self.method.samples)])
+        return u < self.s
+
+    def measure(self, step: int, turn: int) -> list[float]:
+        return [self.search.loss(bits_U, turn) for bits_U in self._bits(step)[:, self.bit_U]]
+
+    def update(self, losses: list[float], step: int) -> dict[str, float]:
+        method = self.method
+        losses_K = torch.tensor(losses, dtype=torch.double)
+        finite_K = losses_K[torch.isfinite(losses_K)]
+        # Mean loss and whether there is one, over all processes: a common baseline.
+        told = torch.tensor([float(finite_K.mean()) if len(finite_K) else 0.0, float(len(finite_K) > 0)])
+        total, share = self.search.mean(told.double()).tolist()
+        if share:
+            mean, window = total / share, method.baseline_window
+            if math.isnan(float(self.baseline)):
+                self.baseline.fill_(mean)
+            self.baseline.mul_(1 - 1 / window).add_(mean / window)  # updated before it is used, as in the authors' code
+        spread = float(finite_K.std()) if len(finite_K) > 1 else 0.0
+        self.spread.mul_(0.99).add_(0.01 * spread) if float(self.spread) else self.spread.fill_(spread)
+        scale = 1.0  # a reward of any size moves s as far as a loss whose masks differ by 0.1 nats
+        if method.resolved_reward_scale == "std" and float(self.spread):
+            scale = 0.1 / float(self.spread)
+        bits_KU = self._bits(step).double()
+        g = estimate(
+            method.estimator, bits_KU, self.s, losses_K * scale, float(self.baseline) * scale,
+            method.baseline_window, method.phi_eps,
+        ) if len(finite_K) else torch.zeros_like(self.s)  # fmt: skip
+        lr = (method.lr or 30 / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        self.s.copy_(self._within_budget(self.s - lr * self.search.mean(g)))
+        kept = float((self.s * self.weight).sum() / self.weight.sum())
+        undecided = float((4 * self.s * (1 - self.s)).mean())
+        return {
+            "lr": lr, "baseline": float(self.baseline), "kept": kept, "undecided": undecided, "mask_spread": spread,
+        }  # fmt: skip
+
+    def hard(self) -> Tensor:
+        scope = "global" if self.method.budget == "global" else "family"
+        return self.method.select(self.s[self.bit_U], self.search.units, scope, tie_break_U=self.search.metric_U)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"s": self.s, "baseline": self.baseline, "spread": self.spread}

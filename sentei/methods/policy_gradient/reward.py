@@ -1,0 +1,111 @@
+"""What a search rewards: the language-model loss, or any function of the user's.
+
+A reward is `function(model, batch) -> float`, higher is better, forward passes only; it need not be differentiable:
+accuracy, exact match, ROUGE of generated text, a program's verdict. The search minimises L = -value.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sentei.train import mix
+
+# Short names of the functions that come with sentei; any other name is the user's module:function.
+BUILT_IN = {
+    "choice_accuracy": "sentei.evaluate.rewards:choice_accuracy",
+    "choice_likelihood": "sentei.evaluate.rewards:choice_likelihood",
+    "exact_match": "sentei.evaluate.rewards:exact_match",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a reward function sees.
+
+    Attributes:
+        tokenizer: the model's.
+        device: where the model's inputs belong.
+        examples: rows of the file `reward_data`, as they were read.
+        input_ids: [B, T] blocks of the text, where no `reward_data` is given.
+    """
+
+    tokenizer: Any
+    device: torch.device
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    input_ids: Tensor | None = None
+
+
+class Reward:
+    """A user's function, called and checked."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.function = _find(BUILT_IN.get(name, name))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> float:
+        """-value, to be minimised.
+
+        Raises:
+            ValueError: not a number, or the function needs gradients. What else the function raises passes through.
+        """
+        try:
+            value = self.function(model, batch)
+        except RuntimeError as error:
+            if "require grad" in str(error) or "nference tensor" in str(error):
+                raise ValueError(f"reward {self.name}: reward functions run forward only ({error})") from error
+            raise
+        try:
+            return -float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"reward {self.name} returned {value!r}; expected one number, higher is better") from None
+
+
+def _find(name: str) -> Callable[[nn.Module, Batch], Any]:
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"reward is lm_loss, {', '.join(BUILT_IN)} or module:function of yours; got {name!r}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # the user's own file, beside the command
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name}: cannot import it ({error})") from None
+
+
+def examples(file: str, held: float = 0.2, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of a JSONL file, dealt to search and held-out part by a hash of the row: equal rows land on one side.
+
+    Raises:
+        ValueError: no such file, a line that is no JSON object, or too few rows.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"reward_data {file}: no such file")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}: expected a JSON object")
+        rows.append(row)
+    part: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for row in rows:
+        dealt = mix(seed, json.dumps(row, sort_keys=True)) % 1000
+        part[dealt < 1000 * held].append(row)
+    if min(map(len, part)) < 2:
+        raise ValueError(f"reward_data {file} holds {len(rows)} rows; a search needs ten at least, better hundreds")
+    return part

@@ -1,0 +1,241 @@
+"""A search that is killed, spread over processes, finished early, or led by a function of the user's."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model, word_tokenizer
+
+from sentei import data, structure
+from sentei.methods.policy_gradient import PolicyGradient, reward, search
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs far away into woods "
+TEXT = data.Text([WORDS * 40] * 3, [WORDS * 20], [WORDS], "words", "0")
+QUICK = {
+    "calibration_samples": 4, "calibration_seq_len": 16, "seq_len": 16, "batch_size": 2, "eval_every": 2,
+    "eval_samples": 4, "save_every": 1, "slope_sweeps": 1, "coarse_steps": 4, "steps": 4,
+}  # fmt: skip
+METHOD = PolicyGradient(sparsity=0.3, **QUICK)
+
+
+def one_search(folder, model=None):
+    workdir = None if folder is None else Path(folder)
+    return METHOD.compress(model or tiny_model("llama"), word_tokenizer(), TEXT, workdir=workdir)
+
+
+def in_its_own_process(folder, result):
+    torch.set_num_threads(1)
+    record = one_search(folder)
+    Path(result).write_text(json.dumps([record["kept"], [step["losses"] for step in record["history"]]]))
+
+
+def test_kill_minus_nine_at_twenty_moments(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_policy_gradient_runs"])
+
+    def run(folder, result, seconds=None):
+        process = context.Process(target=in_its_own_process, args=(str(folder), str(result)))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+    began = time.monotonic()
+    run(tmp_path / "whole", tmp_path / "whole.json")  # pays for the start of the server
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    began = time.monotonic()
+    run(tmp_path / "again", tmp_path / "again.json")
+    took = time.monotonic() - began
+    moments = random.Random(0)
+    killed = 0
+    for attempt in range(20):
+        folder, result = tmp_path / str(attempt % 4), tmp_path / f"{attempt}.json"
+        run(folder, result, moments.uniform(0.1, 0.9) * took)
+        killed += not result.exists()
+    assert killed >= 10
+    for number in range(4):
+        result = tmp_path / f"resumed{number}.json"
+        run(tmp_path / str(number), result)
+        assert json.loads(result.read_text()) == whole
+
+
+def test_two_processes_equal_the_same_masks_in_one(tmp_path, monkeypatch):
+    """Two gloo processes, against both ranks as threads of one process whose means meet at a barrier."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import json, torch; torch.set_num_threads(1)\n"
+        "import test_policy_gradient_runs as t\n"
+        "record = t.one_search(sys.argv[3])\n"
+        "print(json.dumps([record['kept'], record['processes'], [s['losses'] for s in record['history']]]))\n"
+    )
+    here = Path(__file__).parent
+    processes = []
+    for rank in ("0", "1"):
+        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", code, str(here), str(here.parent), str(tmp_path / "state")]
+        processes.append(
+            subprocess.Popen(command, env={**os.environ, **where}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    found = []
+    for process in processes:
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err.decode()[-2000:]
+        found.append(json.loads(out.decode().splitlines()[-1]))
+    assert found[0][0] == found[1][0] and found[0][1] == 2  # one mask
+    assert found[0][2] != found[1][2]  # other batches and masks on each
+
+    barrier, box, mine = threading.Barrier(2), {}, threading.local()
+
+    def meet(x, combine):
+        box[mine.rank] = x.clone()
+        barrier.wait()
+        together = combine(box[0], box[1])
+        barrier.wait()
+        return together
+
+    monkeypatch.setattr(
+        search,
+        "processes",
+        lambda: SimpleNamespace(process_index=mine.rank, num_processes=2, device=torch.device("cpu")),
+    )
+    monkeypatch.setattr(search, "reduce", lambda x, how: meet(x, lambda a, b: (a + b) / 2))
+    monkeypatch.setattr(search, "broadcast", lambda x: meet(x, lambda a, b: a.clone()))
+    records, models = {}, [tiny_model("llama"), tiny_model("llama")]  # one random generator: not made in the threads
+
+    def rank(number):
+        mine.rank = number
+        records[number] = one_search(None, models[number])
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(500)
+    for number in (0, 1):
+        assert json.loads(json.dumps(records[number]["kept"])) == found[number][0]
+        losses = [step["losses"] for step in records[number]["history"]]
+        for ours, theirs in zip(losses, found[number][2], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_finish_cuts_the_best_mask_so_far(tmp_path, monkeypatch):
+    save, saves = search.Search._save, []
+
+    def dies(self, levels):
+        save(self, levels)
+        saves.append(self.best["keep"].clone())
+        if len(saves) == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search.Search, "_save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            one_search(tmp_path)
+    finished = PolicyGradient(sparsity=0.3, finish=True, **QUICK)
+    model = tiny_model("llama")
+    units = structure.units(model)
+    record = finished.compress(model, word_tokenizer(), TEXT, workdir=tmp_path)
+    assert record["kept"] == structure.kept(units, saves[-1])
+    assert len(record["history"]) == 4
+    with pytest.raises(ValueError, match="no state of an interrupted search"):
+        finished.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path / "none")
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def layer_one_is_a_burden(model, batch):
+    """Minus the share of layer 1's channels that act: not differentiable, blind to the text."""
+    seen = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    try:
+        model(batch.input_ids)
+    finally:
+        hook.remove()
+    return -float((seen[0].abs().sum((0, 1)) > 0).float().mean())
+
+
+def raises_later(model, batch):
+    raises_later.calls += 1
+    if raises_later.calls > 6:
+        raise KeyError("no such answer")
+    return 1.0
+
+
+def needs_gradients(model, batch):
+    model(batch.input_ids).logits.sum().backward()
+    return 0.0
+
+
+def not_a_number(model, batch):
+    return "good"
+
+
+def rows_only(model, batch):
+    assert batch.input_ids is None and len(batch.examples) and batch.tokenizer is not None
+    return sum(row["score"] for row in batch.examples) / len(batch.examples)
+
+
+def test_a_reward_of_the_users_leads_the_search():
+    model = tiny_model("llama")
+    method = PolicyGradient(
+        sparsity=0.15, granularity="channels", compensate="none", reward=f"{__name__}:layer_one_is_a_burden",
+        keep_best=False, **QUICK | {"slope_sweeps": 2, "coarse_steps": 60, "coarse_sigma": 0.1, "coarse_lr": 0.1},
+    )  # fmt: skip
+    method.compress(model, word_tokenizer(), TEXT)
+    widths = [size.intermediate_size for size in structure.sizes(model)]
+    assert widths[1] < 0.6 * min(widths[0], *widths[2:]), widths
+
+
+def test_a_reward_that_raises_keeps_the_state_and_its_traceback(tmp_path):
+    raises_later.calls = 0
+    method = PolicyGradient(sparsity=0.3, reward=f"{__name__}:raises_later", **QUICK | {"save_every": 100})
+    with pytest.raises(KeyError, match="no such answer"):
+        method.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path)
+    assert (tmp_path / search.STATE).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{__name__}:needs_gradients", "run forward only"),
+        (f"{__name__}:not_a_number", "expected one number"),
+        (f"{__name__}:missing", "cannot import"),
+        ("no_such_reward", "module:function"),
+    ],
+)
+def test_rewards_that_cannot_work(name, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyGradient(sparsity=0.3, reward=name, **QUICK).compress(tiny_model("llama"), word_tokenizer(), TEXT)
+
+
+def test_reward_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"score": i / 40}) + "\n" for i in range(40)))
+    method = PolicyGradient(sparsity=0.3, reward=f"{__name__}:rows_only", reward_data=str(file), **QUICK)
+    record = method.compress(tiny_model("llama"), word_tokenizer(), TEXT)
+    assert record["ties"] == len(record["history"])  # this reward cannot tell masks apart
+    search_rows, held = reward.examples(str(file))
+    assert len(search_rows) + len(held) == 40 and not {r["score"] for r in search_rows} & {r["score"] for r in held}
+    file.write_text('{"score": 1}\nnot json\n')
+    with pytest.raises(ValueError, match="line 2"):
+        reward.examples(str(file))
+    with pytest.raises(ValueError, match="reward_data is for a reward"):
+        PolicyGradient(reward_data="rows.jsonl").check()
+    assert math.isfinite(record["best_loss"])
