@@ -43,7 +43,7 @@ def in_its_own_process(folder, result):
 
 def test_kill_minus_nine_at_twenty_moments(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_policy_gradient_runs"])
+    context.set_forkserver_preload(["sentei.methods.policy_gradient", "transformers.models.llama.modeling_llama"])
 
     def run(folder, result, seconds=None):
         process = context.Process(target=in_its_own_process, args=(str(folder), str(result)))
