@@ -103,7 +103,8 @@ def load(
     """Load a model in eval mode, and its tokenizer.
 
     Args:
-        path: a Hugging Face folder (dense, or written by sentei), a .gguf file (dequantised), or a hub id.
+        path: a Hugging Face folder (dense, or written by sentei; an adapter folder of ours brings its base model), a
+            .gguf file (dequantised), or a hub id.
         dtype: "auto", a name such as "float32", or a torch dtype. Auto is the checkpoint's own, but float32 on a CPU
             that has no bfloat16 instructions, where it runs three times faster.
         device: None is "cuda" if there is one, else "cpu".
@@ -118,6 +119,10 @@ def load(
     """
     if task not in (None, *HEADS):
         raise ValueError(f"task is {task!r}; expected one of {', '.join(HEADS)}, or None")
+    if task is None and (Path(path) / "sentei_adapter.json").is_file():
+        from sentei.checkpoint import adapters  # which loads its base model by this very function
+
+        return adapters.load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if bool(labels) != (task == "SequenceClassification"):
         raise ValueError("labels and task='SequenceClassification' go together: give both, or neither")
     source = inspect(path, trust_remote_code=trust_remote_code)

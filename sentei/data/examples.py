@@ -291,7 +291,7 @@ def _dataset_rows(source: str, split: str) -> list[Row]:
 
     name, _, config = source.partition(":")
     try:
-        return list(datasets.load_dataset(name, config or None, split=split))  # pyright: ignore[reportArgumentType]
+        return [dict(row) for row in datasets.load_dataset(name, config or None, split=split)]  # pyright: ignore
     except Exception as error:  # the hub's client, the cache and the builders each raise kinds of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -86,6 +86,7 @@ class Heal:
 
     structural: ClassVar[bool] = False
     reads: ClassVar[str] = "text"
+    saves: ClassVar[str] = "checkpoint"
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -78,8 +78,16 @@ def compress(
             "data": {"name": text.name, "sha256": text.sha256},
             "record": record,
         }
-        say({"message": f"saving {job.out} and checking it in a fresh process"})
-        checkpoint.save(loaded, tokenizer, job.out, parent=str(job.model), record=stage, shape=job.shape, force=force)
+        say({"message": f"saving {job.out} and loading it again"})
+        if job.saves_adapter:
+            pages = job.method.pages(record)
+            checkpoint.adapters.save(
+                loaded, tokenizer, job.out, parent=str(job.model), record=stage, pages=pages, force=force
+            )
+        else:
+            checkpoint.save(
+                loaded, tokenizer, job.out, parent=str(job.model), record=stage, shape=job.shape, force=force
+            )
         write_yaml(job.out / "recipe.yaml", resolved)
     return job.out
 
@@ -137,6 +145,11 @@ class Job:
     shape: str
     teacher: str | None
 
+    @property
+    def saves_adapter(self) -> bool:
+        """Does the method leave the model's weights alone and train a few beside them?"""
+        return type(self.method).saves == "adapter"
+
     @staticmethod
     def check(
         model: str | Path,
@@ -158,7 +171,8 @@ class Job:
         path = find_model(model)
         source = checkpoint.inspect(path, trust_remote_code=trust_remote_code)
         if out is not None:
-            checkpoint.check_output(out, parent=path, force=force)
+            check = checkpoint.adapters.check_output if type(method).saves == "adapter" else checkpoint.check_output
+            check(out, parent=path, force=force)
             _check_space(Path(out), source.bytes)
         found = (find_model(teacher) if teacher else parent_of(path)) if needs_teacher else None
         if found is not None:
