@@ -179,7 +179,9 @@ def units(
             "or use kinds=lora"
         )
     gate = family.up[0] if len(family.up) == 2 else None
-    paths: dict[str, str | None] = dict(zip(ROLES, (family.query, family.key, family.value, family.output, gate, family.up[-1], family.down)))
+    paths: dict[str, str | None] = dict(
+        zip(ROLES, (family.query, family.key, family.value, family.output, gate, family.up[-1], family.down))
+    )
     if "lora" in kinds and (family.fused_qkv or any(paths[target] is None for target in targets)):
         raise ValueError(
             f"no LoRA host found in {type(model).__name__} for {', '.join(targets)}: its projections are fused, or it "

@@ -254,7 +254,7 @@ class PrunePEFT:
         warmup = self.warmup_turns * math.ceil(self.warmup_examples * self.warmup_epochs / batch)
         if self.assignment == "warmup" and text.labels and self.warmup_examples < least:
             raise ValueError(f"warmup_examples {self.warmup_examples}: {least} at least, two of each label")
-        return planning.plan(
+        plan = planning.plan(
             space,
             budget,
             train_rows=len(text.train),
@@ -269,6 +269,11 @@ class PrunePEFT:
             max_ratio=self.max_search_ratio,
             least_rows=least,
         )
+        turn = plan.warmup_steps // self.warmup_turns
+        for name, steps in (("steps_per_round", plan.round_steps), ("warmup_epochs", turn)):
+            if 0 < steps - math.ceil(self.score_from * steps) < 2:
+                raise ValueError(f"{steps} steps leave fewer than 2 scored batches; raise {name}, or lower score_from")
+        return plan
 
     def _assign(
         self,
@@ -425,7 +430,8 @@ class PrunePEFT:
         seconds = state.values["seconds"]
         search = seconds.get("warmup", 0.0) + seconds.get("rounds", 0.0)
         plain, plain_row = seconds.get("plain_lora"), state.values.get("plain_lora")
-        steps = plan.warmup_steps + len(state.values["rounds"]) * plan.round_steps
+        trained = sum(bool(found.get("scores")) or "watched" in found for found in state.values["rounds"])
+        steps = plan.warmup_steps + trained * plan.round_steps
         rejected = []
         if value is not None and self.min_metric is not None and value < self.min_metric:
             rejected.append(f"{task.metric} {value:.4f} is below min_metric {self.min_metric:g}")

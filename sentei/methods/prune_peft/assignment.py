@@ -201,19 +201,22 @@ def judge(
             heard.append(criterion)
             judgement.percentile[criterion].update(zip(ids, percentiles(d), strict=True))
 
-        def combine(name: str, criteria: Sequence[str]) -> float:
-            return sum(weigh(judgement.percentile[criterion][name], slope) for criterion in criteria)
+        combined: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
+
+        def combine(criteria: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+            """E of every unit of the kind under these criteria, with its draw for ties."""
+            if criteria not in combined:
+                of = [judgement.percentile[criterion] for criterion in criteria]
+                combined[criteria] = {name: (sum(weigh(p[name], slope) for p in of), draw[name]) for name in ids}
+            return combined[criteria]
 
         if heard and assignment is not None:
-            p_of: dict[str, float] = {}
             for name in ids:
-                mine = [c for c in assignment[cell_of[name]] if c in heard] or heard
+                mine = tuple(c for c in assignment[cell_of[name]] if c in heard) or tuple(heard)
                 # Against all layers under the same criteria: what a cell's set adds up to does not matter.
-                all_E = [(combine(other, mine), draw[other]) for other in ids]
-                own = (combine(name, mine), draw[name])
-                judgement.combined[name] = own[0]
-                p_of[name] = (sum(other < own for other in all_E) + 0.5) / len(ids)
-            judgement.probability.update(p_of)
+                of_all = combine(mine)
+                judgement.combined[name] = of_all[name][0]
+                judgement.probability[name] = (sum(E < of_all[name] for E in of_all.values()) + 0.5) / len(ids)
         else:
             by_chance = percentiles([draw[name] for name in ids])
             judgement.probability.update(zip(ids, by_chance, strict=True))
