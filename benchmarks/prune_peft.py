@@ -3,8 +3,8 @@
     python benchmarks/prune_peft.py --model MINILM --seeds 5 --out results/prune-peft-minilm.json
     python benchmarks/prune_peft.py --out results/prune-peft-minilm.json --markdown
 
-All configurations see the same rows in the same order for the same number of steps. The budget ("at B") is a half of the
-smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows,
+All configurations see the same rows in the same order for the same number of steps. The budget ("at B") is half of
+the smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows,
 which nothing was chosen on; with --grid each configuration's learning rate is chosen on validation rows with the first
 seed. Rows are appended as they are made; a second run makes the missing ones.
 """
@@ -135,7 +135,7 @@ def run(
     """Train one configuration on a copy of the model and score it."""
     begun = time.monotonic()
     torch.manual_seed(method.seed)
-    trained, bench, row = CONFIGURATIONS[configuration](method, copy.deepcopy(model), tokenizer, rows)
+    _, bench, row = CONFIGURATIONS[configuration](method, copy.deepcopy(model), tokenizer, rows)
     row |= {"lr": method.lr, "metric": bench.task.metric, "seconds": time.monotonic() - begun}
     row["value"] = bench.score(getattr(rows, part))
     row["head"] = sum(p.numel() for p in bench.head_parameters())
@@ -252,12 +252,12 @@ def markdown(table: dict[str, Any]) -> str:
     metric = {row["task"]: row["metric"] for row in table["rows"]}
     s = table["settings"]
     lines = [
-        f"{table['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch {s['batch_size']}, "
-        f"up to {s['test_rows']} test rows. Mean ± s.d. over seeds; differences are paired by task and seed, with 95 % "
+        f"{table['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch "
+        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds; differences are paired by task and seed, with 95 % "
         "intervals: only those that leave out 0 are shown to be any.",
         "",
-        f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean | vs {REFERENCE} | vs "
-        f"{CHANCE} | search / training (rows) | s |",
+        f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean | vs {REFERENCE} "
+        f"| vs {CHANCE} | search / training (rows) | s |",
         "|" + "---|" * (len(names) + 7),
     ]
     for configuration in dict.fromkeys(row["configuration"] for row in table["rows"]):
@@ -278,7 +278,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def difference(value: dict[Any, float], one: str, other: str) -> str:
-    pairs = [value[k] - value[other, *k[1:]] for k in value if k[0] == one and (other, *k[1:]) in value]
+    pairs = [value[k] - value[other, k[1], k[2]] for k in value if k[0] == one and (other, k[1], k[2]) in value]
     if one == other or not pairs:
         return ""
     if len(pairs) < 3:

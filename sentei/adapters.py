@@ -179,9 +179,8 @@ def units(
             "or use kinds=lora"
         )
     gate = family.up[0] if len(family.up) == 2 else None
-    paths: dict[str, str | None] = dict(
-        zip(ROLES, (family.query, family.key, family.value, family.output, gate, family.up[-1], family.down))
-    )
+    linears = (family.query, family.key, family.value, family.output, gate, family.up[-1], family.down)
+    paths: dict[str, str | None] = dict(zip(ROLES, linears, strict=True))
     if "lora" in kinds and (family.fused_qkv or any(paths[target] is None for target in targets)):
         raise ValueError(
             f"no LoRA host found in {type(model).__name__} for {', '.join(targets)}: its projections are fused, or it "
@@ -251,7 +250,7 @@ def inject(
 
 
 def lora_config(living: Sequence[Unit], alpha_per_rank: float, dropout: float, **more: Any) -> LoraConfig:
-    """peft's configuration for these units: `r` alone where all ranks are equal, since some loaders know no patterns."""
+    """peft's configuration: `r` alone where all ranks are equal, since some loaders know no patterns."""
     ranks = [unit.rank for unit in living if unit.is_lora]
     common = max(set(ranks), key=lambda rank: (ranks.count(rank), rank)) if ranks else 8
     others = {
@@ -294,7 +293,7 @@ def _wrap(model: nn.Module, unit: Unit, dropout: float, host: _Host) -> None:
 def _initialise(model: nn.Module, unit: Unit, init: str, seed: object) -> None:
     assert init in INITS
     random = torch.Generator().manual_seed(mix(seed, unit.id))
-    for (role, weight), variance in zip(matrices(model, unit), _variances(unit, init), strict=True):
+    for (_, weight), variance in zip(matrices(model, unit), _variances(unit, init), strict=True):
         drawn = torch.zeros(weight.shape)
         if variance and unit.is_lora:
             bound = (3 * variance) ** 0.5

@@ -262,7 +262,7 @@ def saved(family, words, folder, kinds, head=HEAD):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_stock_peft_loads_a_lora_without_sentei(family, words, tokens, tmp_path):
-    model, units = saved(family, words, tmp_path, ("lora",))
+    model, _ = saved(family, words, tmp_path, ("lora",))
     torch.save(logits(model, tokens), tmp_path / "logits.pt")
     code = f"""
 import sys, torch, transformers
@@ -288,7 +288,7 @@ def test_sentei_loads_a_mix_and_plain_peft_stops(family, words, tokens, tmp_path
     from safetensors.torch import load_file
 
     model, units = saved(family, words, tmp_path, ("lora", "adapter"))
-    loaded, tokenizer = checkpoint.load(tmp_path / "out", dtype="float32")
+    loaded, _ = checkpoint.load(tmp_path / "out", dtype="float32")
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), atol=1e-6, rtol=1e-6)
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     heads = sum(p.numel() for name in adapters.head(model) for p in model.get_submodule(name).parameters())
@@ -309,7 +309,7 @@ def test_bad_folders(words, tmp_path):
     saved("bert", words, tmp_path, ("lora", "adapter"))
     tiny_model("bert", num_hidden_layers=4).save_pretrained(tmp_path / "other")
     words.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="trained on a base of fingerprint [0-9a-f]{16}, .* has [0-9a-f]{16}"):
+    with pytest.raises(ValueError, match=r"trained on a base of fingerprint [0-9a-f]{16}, .* has [0-9a-f]{16}"):
         checkpoint.adapters.load(tmp_path / "out", base=tmp_path / "other")
     with pytest.raises(ValueError, match="exists"):
         checkpoint.adapters.check_output(tmp_path / "out")

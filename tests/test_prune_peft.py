@@ -4,6 +4,7 @@ import json
 import random
 import re
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,8 +65,10 @@ def test_percentiles_and_weights():
 
 def test_matching():
     sizes = {("lora", 0): 5, ("lora", 1): 7}
-    votes = {name: dict(zip(sizes, counts)) for name, counts in {"A": (5, 2), "B": (1, 3), "C": (4, 1)}.items()}
-    scored = dict(zip(SIX, votes.values()))
+    votes = {
+        name: dict(zip(sizes, counts, strict=True)) for name, counts in {"A": (5, 2), "B": (1, 3), "C": (4, 1)}.items()
+    }
+    scored = dict(zip(SIX, votes.values(), strict=False))
     assert assigning.match(scored, sizes) == {("lora", 0): ("weight", "threshold"), ("lora", 1): ("zeros",)}
     rates = {"weight": {("lora", 0): 3, ("lora", 1): 4}, "zeros": {("lora", 0): 9, ("lora", 1): 9}}
     assert "weight" in assigning.match(rates, sizes)["lora", 0]  # 3 of 5 is more than 4 of 7
@@ -377,7 +380,7 @@ def test_searches(family, fields, rows, words, tmp_path):
     assert kept == record["parameters"]["living"] <= record["parameters"]["budget"]
     assert record["parameters"]["budget"] - kept < min(removed)
     masks = [set(found["living"]) for found in record["rounds"]]
-    assert all(later < earlier for earlier, later in zip(masks, masks[1:]))
+    assert all(later < earlier for earlier, later in pairwise(masks))
 
     # the model holds the survivors and nothing else
     heads = tuple(f"{name}." for name in adapters.head(model))
@@ -431,7 +434,7 @@ def test_equal_seeds_equal_results_and_resuming(rows, words, tmp_path):
             assert torch.equal(one, two), name
     other = PrunePEFT(**FAST | {"save_every": 2, "lr": 1e-3})
     with pytest.raises(ValueError, match="holds a search with other lr"):
-        search(other, model, tokenizer, text, workdir=workdir)
+        search(other, *start("bert", method, rows, words, tmp_path), workdir=workdir)
     different = search(PrunePEFT(**FAST | {"seed": 1}), *start("bert", method, rows, words, tmp_path))
     assert without_times(different) != without_times(whole)
 
@@ -506,11 +509,36 @@ def test_from_the_command_line_to_a_loaded_adapter(rows, words, tmp_path, capsys
         "adapter_config.json", "adapter_model.safetensors", "sentei_adapter.json", "prunepeft.json", "report.md",
         "heat_map.svg", "README.md", "recipe.yaml",
     }  # fmt: skip
-    model, _ = checkpoint.load(out, dtype="float32")
+    checkpoint.load(out, dtype="float32")
     stored = json.loads((out / "prunepeft.json").read_text())
     assert len(stored["record"]["living"]) == len(stored["record"]["adapter"]["units"])
     assert recipe.make_method("prune_peft", stored["fields"]) == PrunePEFT(**FAST, assignment="paper", min_metric=1.1)
     assert not list(tmp_path.glob(".out*"))
+    assert cli.main(["plan", *command[1:4], "--data", str(rows), *flags]) == 0
+    assert "96 to train on" in " ".join(capsys.readouterr().out.replace("rows ", "").split())
+
+
+def test_a_recipe_prunes_and_then_adapts_the_pruned_model(rows, words, tmp_path):
+    """Layers of different width, one without attention: the search runs on what is left and the folder loads."""
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    words.save_pretrained(tmp_path / "llama")
+    (tmp_path / "t.txt").write_text("so it goes, and goes again, until the end of all the words. " * 400)
+    cut = {
+        "method": "one_shot", "criterion": "magnitude", "sparsity": 0.4, "calibration_samples": 4,
+        "calibration_seq_len": 16, "data": str(tmp_path / "t.txt"),
+    }  # fmt: skip
+    find = {"method": "prune_peft", "data": str(rows), "assignment": "paper", **FAST}
+    asked = {"model": str(tmp_path / "llama"), "out": str(tmp_path / "runs"), "report": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = recipe.run(recipe.Recipe(stages=[cut, find], **asked))
+    assert result["status"] == "accepted" and result["parameters"]["living"] <= result["parameters"]["budget"]
+    model, _ = checkpoint.load(result["checkpoint"], dtype="float32")
+    assert type(model).__name__ == "SenteiLlamaForSequenceClassification"
+    with pytest.raises(ValueError, match="must be the last"):
+        recipe.Recipe(stages=[find, cut], **asked)
+    with pytest.raises(ValueError, match="min_metric and max_drop_vs"):
+        recipe.Recipe(stages=[find], evaluate={"texts": ["python-docs"]}, **asked)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +574,7 @@ def test_bad_inputs(rows, words, tmp_path):
     refused("metric 'spearman' is not for classification", metric="spearman")
     refused("goal 0.30; raise max_search_ratio", strict_search_ratio=True)
     refused("no field 'mark'", label_field="mark")
-    model, units = injected("bert")
+    model, _ = injected("bert")
     refused("has PEFT modules already", model=model)
     refused("use one process or DDP", model=torch.nn.DataParallel(tiny_model("bert")))
     few = tmp_path / "few.tsv"

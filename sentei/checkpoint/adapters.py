@@ -161,7 +161,7 @@ def check_output(out: str | Path, *, parent: str | Path | None = None, force: bo
 
 
 def _config(living: Sequence[Unit], what: dict[str, Any], parent: str, head: list[str]) -> Any:
-    """adapter_config.json. With bottlenecks its expression names their hosts, so that plain peft stops, not drops them."""
+    """adapter_config.json; it names the hosts of bottlenecks too: plain peft stops, and does not drop them."""
     return adapters.lora_config(
         living,
         what["alpha_per_rank"],
@@ -181,8 +181,8 @@ def _card(account: dict[str, Any], name: str) -> str:
     lines += ["tags:", "- sentei", "- lora", "---", "", f"# {name}", ""]
     if any(unit["kind"] == "adapter" for unit in account["units"]):
         lines += [
-            "**Plain peft cannot load this folder**: it holds serial adapters, which peft does not have, and stops with",
-            '"Target module ... is not supported". Load it with sentei:',
+            "**Plain peft cannot load this folder**: it holds serial adapters, which peft does not have, and stops",
+            'with "Target module ... is not supported". Load it with sentei:',
             "",
             f'```python\nmodel, tokenizer = sentei.load("{name}")\n```',
         ]

@@ -171,6 +171,8 @@ def _run(options: argparse.Namespace) -> int:
         asked = dataclasses.replace(asked, out=options.out)
     with Progress() as report:
         result = recipe.run(asked, force=options.force, report=report)
+    if not (Path(result["checkpoint"]) / "compression.json").exists():
+        return _adapter(Path(result["checkpoint"]))
     record = json.loads((Path(result["checkpoint"]) / "compression.json").read_text(encoding="utf-8"))
     print(sizes(record["parent"], record["result"]))
     if "measurements" in result:

@@ -32,8 +32,8 @@ class Method(Protocol):
     `read(spec, text_field)` returns, a `data.examples.Examples`, and its `head(rows)` is then what the model is loaded
     with: arguments of `checkpoint.load` such as {"task": "QuestionAnswering"}, or {}.
 
-    `saves` says what becomes of the model: "checkpoint", or "adapter" where its weights stay as they are and the record's
-    "adapter" tells what was put in; `pages(record)` is then the text of files beside it.
+    `saves` says what becomes of the model: "checkpoint", or "adapter" where its weights stay as they are and the
+    record's "adapter" tells what was put in; `pages(record)` is then the text of files beside it.
     """
 
     structural: bool

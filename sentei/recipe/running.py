@@ -61,6 +61,14 @@ class Recipe:
         check_keys(self.benchmark or {}, BENCHMARK, "benchmark")
         if not isinstance(self.prompts, list):
             raise ValueError("prompts is a list of texts")
+        adapters = [_saves_adapter(stage) for stage in self.stages]
+        if any(adapters[:-1]):
+            raise ValueError("a stage that trains PEFT modules must be the last: nothing can start from an adapter")
+        if any(adapters) and (self.evaluate or self.benchmark is not None or self.prompts or self.gates):
+            raise ValueError(
+                "evaluate, benchmark, prompts and gates are for checkpoints; the last stage of this recipe writes an "
+                "adapter, whose own thresholds are min_metric and max_drop_vs"
+            )
         for gate in self.gates:
             name = parse_gate(gate)[0]
             if name.startswith(("speedup", "memory")) and self.benchmark is None:
@@ -140,6 +148,12 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
         say({"message": f"stage {name}"})
         compress(**job, force=True, report=report)
     last = jobs[-1][1]["out"]
+    if _saves_adapter(recipe.stages[-1]):  # its scores are its own: a task's, not a text's
+        stored = json.loads((last / "prunepeft.json").read_text(encoding="utf-8"))["record"]
+        found = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe), "gates": []}
+        found |= {"status": stored["status"], "metric": stored["metric"], "parameters": stored["parameters"]}
+        write(Path(recipe.result) if recipe.result else out / "result.json", json.dumps(found, indent=1) + "\n")
+        return found
     result: dict[str, Any] = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe)}
     if recipe.evaluate:
         places = {"parent": model, **{name: str(job["out"]) for name, job in jobs}}
@@ -209,6 +223,10 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         jobs.append((name, arguments))
         previous = str(out)
     return jobs
+
+
+def _saves_adapter(stage: dict[str, Any]) -> bool:
+    return methods.load(stage["method"]).saves == "adapter"
 
 
 class _Done:

@@ -248,8 +248,8 @@ class PrunePEFT:
         least = 2 * len(text.labels) if text.labels else 2
         if len(searched) < max(2 * batch, least):
             raise ValueError(
-                f"{len(searched)} rows to search on are fewer than 2 batches of {batch} or two of each label; give more "
-                "rows, or lower batch_size"
+                f"{len(searched)} rows to search on are fewer than 2 batches of {batch} or two of each label; give "
+                "more rows, or lower batch_size"
             )
         warmup = self.warmup_turns * math.ceil(self.warmup_examples * self.warmup_epochs / batch)
         if self.assignment == "warmup" and text.labels and self.warmup_examples < least:

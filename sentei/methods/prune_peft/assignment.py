@@ -13,6 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from sentei.adapters import Unit
 from sentei.methods.prune_peft.criteria import CRITERIA, abstains, percentiles, prunability
 from sentei.train import mix
@@ -201,27 +202,28 @@ def judge(
             heard.append(criterion)
             judgement.percentile[criterion].update(zip(ids, percentiles(d), strict=True))
 
-        combined: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
-
-        def combine(criteria: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-            """E of every unit of the kind under these criteria, with its draw for ties."""
-            if criteria not in combined:
-                of = [judgement.percentile[criterion] for criterion in criteria]
-                combined[criteria] = {name: (sum(weigh(p[name], slope) for p in of), draw[name]) for name in ids}
-            return combined[criteria]
-
         if heard and assignment is not None:
+            of_set: dict[tuple[str, ...], dict[str, tuple[float, float]]] = {}
             for name in ids:
                 mine = tuple(c for c in assignment[cell_of[name]] if c in heard) or tuple(heard)
+                if mine not in of_set:
+                    of_set[mine] = _combine([judgement.percentile[c] for c in mine], draw, slope)
                 # Against all layers under the same criteria: what a cell's set adds up to does not matter.
-                of_all = combine(mine)
-                judgement.combined[name] = of_all[name][0]
-                judgement.probability[name] = (sum(E < of_all[name] for E in of_all.values()) + 0.5) / len(ids)
+                own = of_set[mine][name]
+                judgement.combined[name] = own[0]
+                judgement.probability[name] = (sum(other < own for other in of_set[mine].values()) + 0.5) / len(ids)
         else:
             by_chance = percentiles([draw[name] for name in ids])
             judgement.probability.update(zip(ids, by_chance, strict=True))
         judgement.order[kind] = sorted(ids, key=lambda name: (-judgement.probability[name], draw[name]))
     return judgement
+
+
+def _combine(
+    percentiles: Sequence[Mapping[str, float]], draw: Mapping[str, float], slope: float
+) -> dict[str, tuple[float, float]]:
+    """E of every unit of a kind under some criteria, with its draw for ties."""
+    return {name: (sum(weigh(p[name], slope) for p in percentiles), draw[name]) for name in draw}
 
 
 def weigh(p: float, slope: float) -> float:

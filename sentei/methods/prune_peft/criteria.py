@@ -1,9 +1,9 @@
 """The six criteria: what is measured of each unit while a round trains, and how measurements become percentiles.
 
-Every criterion is a mean over the unit's weights, so that a unit's size does not matter, and each of its matrices counts
-relative to the same role in the other units: lora_A is large from the start, lora_B begins at 0, and without this the
-one would drown the other. Gradients are taken per optimiser step, before clipping; their absolute values are averaged
-over steps, so that steps of opposite sign do not cancel. Biases are trained but not scored.
+Every criterion is a mean over the unit's weights, so that a unit's size does not matter, and each of its matrices
+counts relative to the same role in the other units: lora_A is large from the start, lora_B begins at 0, and without
+this the one would drown the other. Gradients are taken per optimiser step, before clipping; their absolute values are
+averaged over steps, so that steps of opposite sign do not cancel. Biases are trained but not scored.
 
 Legend: U units, S criteria; d is a score turned so that larger means "rather remove it".
 """

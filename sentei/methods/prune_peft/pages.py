@@ -18,6 +18,7 @@ def markdown(record: dict[str, Any]) -> str:
     """Result, budget, cost, assignment and one row for each unit."""
     parameters, ratio, metric = record["parameters"], record["search_ratio"], record["metric"]
     kept, base = parameters["living"], parameters["base"]
+    share = f"{kept / parameters['supernet']:.1%}"
     measured = (
         "not measured" if metric["value"] is None else f"{metric['value']:.4f} on {metric['rows']} validation rows"
     )
@@ -29,7 +30,7 @@ def markdown(record: dict[str, Any]) -> str:
         "|---|---|",
         f"| {metric['name']} | {measured} |",
         f"| units | {len(record['living'])} of {len(record['units'])} |",
-        f"| their parameters | {kept:,} of {parameters['supernet']:,} in the search space ({kept / parameters['supernet']:.1%}), "
+        f"| their parameters | {kept:,} of {parameters['supernet']:,} in the search space ({share}), "
         f"budget {parameters['budget']:,} |",
         f"| share of the base model | {kept / base:.2%}; with the head {(kept + parameters['head']) / base:.2%} |",
         f"| search / one training, in rows seen | {ratio['rows']:.2f} |",
@@ -56,8 +57,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "![kind by layer](heat_map.svg)",
         "",
-        "Scores of different kinds are not comparable, so each kind gives up its share of units. n is what a score is the "
-        "mean of: few weights make it noisier.",
+        "Scores of different kinds are not comparable, so each kind gives up its share of units. n is what a score is "
+        "the mean of: few weights make it noisier.",
         "",
         "| unit | n | removed in round | mean P |",
         "|---|---|---|---|",
@@ -108,9 +109,10 @@ def heat_map(record: dict[str, Any]) -> str:
     left, top = 90, 40
     width, height = left + layers * _CELL + 10, top + len(kinds) * _CELL + 30
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="10">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="10">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="4" y="14">darker: removed earlier; outlined: stays; number: mean P in per cent</text>',
+        '<text x="4" y="14">darker: removed earlier; outlined: stays; number: mean P in per cent</text>',
     ]
     for layer in range(layers):
         parts.append(f'<text x="{left + (layer + 0.5) * _CELL}" y="{top - 6}" text-anchor="middle">{layer}</text>')
@@ -126,11 +128,13 @@ def heat_map(record: dict[str, Any]) -> str:
             title = f"{unit['id']}: {'stays' if gone is None else f'removed in round {gone}'}"
             parts.append(
                 f'<rect x="{x + 1}" y="{y + 1}" width="{_CELL - 2}" height="{_CELL - 2}" '
-                f'fill="rgb({shade},{shade},{255 if gone is None else shade + 20})"{stroke}><title>{escape(title)}</title></rect>'
+                f'fill="rgb({shade},{shade},{255 if gone is None else shade + 20})"{stroke}>'
+                f"<title>{escape(title)}</title></rect>"
             )
             if mean is not None:
                 color = "white" if dark > 0.6 else "black"
                 parts.append(
-                    f'<text x="{x + _CELL / 2}" y="{y + 0.65 * _CELL}" text-anchor="middle" fill="{color}">{100 * mean:.0f}</text>'
+                    f'<text x="{x + _CELL / 2}" y="{y + 0.65 * _CELL}" text-anchor="middle" '
+                    f'fill="{color}">{100 * mean:.0f}</text>'
                 )
     return "\n".join([*parts, "</svg>"]) + "\n"
