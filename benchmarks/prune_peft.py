@@ -253,8 +253,8 @@ def markdown(table: dict[str, Any]) -> str:
     s = table["settings"]
     lines = [
         f"{table['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch "
-        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds; differences are paired by task and seed, with 95 % "
-        "intervals: only those that leave out 0 are shown to be any.",
+        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds; differences are paired by task "
+        "and seed, with 95 % intervals: only those that leave out 0 are shown to be any.",
         "",
         f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean | vs {REFERENCE} "
         f"| vs {CHANCE} | search / training (rows) | s |",

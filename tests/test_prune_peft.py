@@ -504,7 +504,8 @@ def test_from_the_command_line_to_a_loaded_adapter(rows, words, tmp_path, capsys
         warnings.simplefilter("ignore")
         assert cli.main([*command, *flags, "--assignment", "paper"]) == 0
         assert "parameters" in capsys.readouterr().out
-        assert cli.main([*command, *flags, "--assignment", "paper", "--min-metric", "1.1", "--force"]) == 3
+        worse = ["--compare", "true", "--max-drop-vs", "-1"]  # nothing is better by 1
+        assert cli.main([*command, *flags, "--assignment", "paper", "--min-metric", "1.1", *worse, "--force"]) == 3
     assert {file.name for file in out.iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "sentei_adapter.json", "prunepeft.json", "report.md",
         "heat_map.svg", "README.md", "recipe.yaml",
@@ -512,7 +513,11 @@ def test_from_the_command_line_to_a_loaded_adapter(rows, words, tmp_path, capsys
     checkpoint.load(out, dtype="float32")
     stored = json.loads((out / "prunepeft.json").read_text())
     assert len(stored["record"]["living"]) == len(stored["record"]["adapter"]["units"])
-    assert recipe.make_method("prune_peft", stored["fields"]) == PrunePEFT(**FAST, assignment="paper", min_metric=1.1)
+    assert recipe.make_method("prune_peft", stored["fields"]) == PrunePEFT(
+        **FAST, assignment="paper", min_metric=1.1, compare=True, max_drop_vs=-1.0
+    )
+    checkpoint.load(out / "fallback", dtype="float32")  # LoRA everywhere, which was trained to compare with
+    assert len(json.loads((out / "fallback" / "sentei_adapter.json").read_text())["units"]) == 3
     assert not list(tmp_path.glob(".out*"))
     assert cli.main(["plan", *command[1:4], "--data", str(rows), *flags]) == 0
     assert "96 to train on" in " ".join(capsys.readouterr().out.replace("rows ", "").split())
@@ -522,7 +527,8 @@ def test_a_recipe_prunes_and_then_adapts_the_pruned_model(rows, words, tmp_path)
     """Layers of different width, one without attention: the search runs on what is left and the folder loads."""
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     words.save_pretrained(tmp_path / "llama")
-    (tmp_path / "t.txt").write_text("so it goes, and goes again, until the end of all the words. " * 400)
+    lines = [f"so it goes, and goes again {i}, until the end of all the words.\n\n" for i in range(400)]
+    (tmp_path / "t.txt").write_text("".join(lines))
     cut = {
         "method": "one_shot", "criterion": "magnitude", "sparsity": 0.4, "calibration_samples": 4,
         "calibration_seq_len": 16, "data": str(tmp_path / "t.txt"),

@@ -44,6 +44,7 @@ def save(
     parent: str | Path,
     record: dict[str, Any],
     pages: dict[str, str] | None = None,
+    fallback: Path | None = None,
     force: bool = False,
     verify: bool = True,
 ) -> Path:
@@ -53,6 +54,7 @@ def save(
         parent: the base model; the folder names it and does not hold it.
         record: as for `checkpoint.save`; record["record"]["adapter"] says which units there are.
         pages: further text files, name -> content; "README.md" is put after the lines on how to load.
+        fallback: tensors of record["record"]["fallback"], another set of units, written to a folder of that name.
         verify: load the folder again in this process and compare outputs.
     Raises:
         ValueError: `out` exists, or the reloaded model differs.
@@ -65,23 +67,12 @@ def save(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         source = reading.inspect(parent, trust_remote_code=True)
-        _config(living, what, str(parent), adapters.head(model)).save_pretrained(partial)
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        tokenizer.save_pretrained(partial)
-        account = {
-            "format": FORMAT,
-            "sentei": sentei.__version__,
-            "base": {"path": str(parent), "sha256": source.sha256(), "model_type": source.config["model_type"]},
-            "units": what["units"],
-            "placement": "serial, behind the feed-forward; reads the residual stream",
-            "activation": "relu",
-            "alpha_per_rank": what["alpha_per_rank"],
-            "dropout": what["dropout"],
-            "head": what["head"],
-            "fingerprint": what["fingerprint"],
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        }
-        _write(partial / FILE, json.dumps(account, indent=1) + "\n")
+        base = {"path": str(parent), "sha256": source.sha256(), "model_type": source.config["model_type"]}
+        account = _write_adapter(partial, what, base, tensors, adapters.head(model), tokenizer)
+        if fallback is not None:
+            (partial / "fallback").mkdir()
+            plain = record["record"]["fallback"]
+            _write_adapter(partial / "fallback", plain, base, load_file(fallback), adapters.head(model), tokenizer)
         stage = {key: value for key, value in record.items() if key != "record"}
         versions = {"python": platform.python_version(), "torch": torch.__version__, "peft": _peft_version()}
         versions["transformers"] = transformers.__version__
@@ -158,6 +149,30 @@ def check_output(out: str | Path, *, parent: str | Path | None = None, force: bo
     if force and is_adapter(out):
         return out
     return writing.check_output(out, parent=parent, force=force)
+
+
+def _write_adapter(
+    folder: Path, what: dict[str, Any], base: dict[str, Any], tensors: Any, head: list[str], tokenizer: Any
+) -> dict[str, Any]:
+    """peft's two files, ours, and the tokenizer's; what sentei_adapter.json holds."""
+    _config(units_of(what), what, base["path"], head).save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    account = {
+        "format": FORMAT,
+        "sentei": sentei.__version__,
+        "base": base,
+        "units": what["units"],
+        "placement": "serial, behind the feed-forward; reads the residual stream",
+        "activation": "relu",
+        "alpha_per_rank": what["alpha_per_rank"],
+        "dropout": what["dropout"],
+        "head": what["head"],
+        "fingerprint": what["fingerprint"],
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+    }
+    _write(folder / FILE, json.dumps(account, indent=1) + "\n")
+    return account
 
 
 def _config(living: Sequence[Unit], what: dict[str, Any], parent: str, head: list[str]) -> Any:

@@ -33,7 +33,8 @@ class Method(Protocol):
     with: arguments of `checkpoint.load` such as {"task": "QuestionAnswering"}, or {}.
 
     `saves` says what becomes of the model: "checkpoint", or "adapter" where its weights stay as they are and the
-    record's "adapter" tells what was put in; `pages(record)` is then the text of files beside it.
+    record's "adapter" tells what was put in; `pages(record)` is then the text of files beside it. Where the record has
+    a "fallback" too, its tensors are in the work folder's file `fallback`.
     """
 
     structural: bool

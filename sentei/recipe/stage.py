@@ -81,8 +81,16 @@ def compress(
         say({"message": f"saving {job.out} and loading it again"})
         if job.saves_adapter:
             pages = job.method.pages(record)
+            fallback = workdir / job.method.fallback if record.get("fallback") else None
             checkpoint.adapters.save(
-                loaded, tokenizer, job.out, parent=str(job.model), record=stage, pages=pages, force=force
+                loaded,
+                tokenizer,
+                job.out,
+                parent=str(job.model),
+                record=stage,
+                pages=pages,
+                fallback=fallback,
+                force=force,
             )
         else:
             checkpoint.save(

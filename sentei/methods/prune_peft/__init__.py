@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors.torch import save_file
+
 from sentei import adapters
 from sentei.adapters import Unit
 from sentei.data import examples
@@ -37,6 +39,7 @@ from sentei.methods.prune_peft import pages, planning, tasks
 from sentei.methods.prune_peft.criteria import CRITERIA
 from sentei.methods.prune_peft.training import Bench
 
+FALLBACK = "plain_lora.safetensors"  # in the work folder: what is exported too where a search was rejected
 ASSIGNMENTS = ("warmup", "paper", "equal", "random", *CRITERIA)
 
 
@@ -100,6 +103,7 @@ class PrunePEFT:
     needs_teacher: ClassVar[bool] = False
     reads: ClassVar[str] = "examples"
     saves: ClassVar[str] = "adapter"
+    fallback: ClassVar[str] = FALLBACK
 
     def __post_init__(self) -> None:
         _one_of("budget_of", self.budget_of, ("supernet", "base"))
@@ -239,6 +243,8 @@ class PrunePEFT:
             "pattern": pattern,
             "pattern_check": pattern_check,
         }
+        if result["rejected"] and result["plain_lora"]:
+            result["fallback"] = result["adapter"] | {"units": result["plain_lora"]["units"]}
         result["parameters"] |= {"base": base_parameters - head_parameters, "head": head_parameters}
         return result
 
@@ -401,7 +407,10 @@ class PrunePEFT:
         state.values["plain_lora"] = {
             "metric": bench.score(text.validation),
             "parameters": sum(unit.parameters for unit in everywhere),
+            "units": [asdict(unit) for unit in everywhere],
         }
+        if state.folder:
+            save_file(adapters.state(bench.model, everywhere), state.folder / FALLBACK)
         state.save()
 
     def _retrain(
