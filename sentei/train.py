@@ -228,6 +228,7 @@ def train(
     folder: Path | None = None,
     state: dict[str, Any] | None = None,
     fingerprint: str = "",
+    on_gradients: Callable[[], None] | None = None,
 ) -> Generator[Step, None, None]:
     """Train the parameters that require gradients, with AdamW.
 
@@ -240,6 +241,7 @@ def train(
         state: the caller's own values (numbers, strings, lists, dicts, tensors), saved with each checkpoint and
             updated in place from the one that is continued before the first record.
         fingerprint: whatever else must be equal for a checkpoint to belong to this run (data, loss weights).
+        on_gradients: called when a step's gradients are whole (all micro-batches and processes), before clipping.
     Yields:
         a record per step, skipped steps included.
     Raises:
@@ -290,6 +292,8 @@ def train(
             numbers = range(first + accelerator.process_index, first + settings.accumulate * accelerator.num_processes)
             numbers = numbers[:: accelerator.num_processes]
             losses, seen = _gradients(accelerator, objective, batches, numbers, device, precision, settings.seed)
+            if on_gradients is not None:
+                on_gradients()
             norm = accelerator.clip_grad_norm_(trained.values(), settings.clip or math.inf)
             grad_norm = float(norm)  # pyright: ignore[reportArgumentType]
             finite = math.isfinite(losses["loss"]) and math.isfinite(grad_norm)

@@ -4,9 +4,11 @@
     save(model, tokenizer, "small/", parent="parent/", record=stage)
 
 reading.py checks before it loads; forms.py finds the configuration and tensors of each way to write a model;
-writing.py writes, reloads in a fresh process, and only then shows the folder under its name; card.py words the README.
+writing.py writes, reloads in a fresh process, and only then shows the folder under its name; card.py words the README;
+adapters.py does the same for PEFT modules without their base model.
 """
 
+from sentei.checkpoint import adapters
 from sentei.checkpoint.forms import SHAPES, Form, form
 from sentei.checkpoint.reading import Source, example_model, inspect, load
 from sentei.checkpoint.writing import check_output, save, unpack
@@ -16,6 +18,7 @@ __all__ = [
     "SHAPES",
     "Form",
     "Source",
+    "adapters",
     "check_output",
     "example_model",
     "form",

@@ -73,7 +73,7 @@ def save(
         account["result"]["verified"] = verify
         _write_json(partial / "compression.json", account)
         (partial / "README.md").write_text(card.text(account, out.name), encoding="utf-8")
-        _put_in_place(partial, out)
+        put_in_place(partial, out)
     except BaseException as error:  # Ctrl-C too: nothing half-written stays
         shutil.rmtree(partial, ignore_errors=True)
         if _is_full_disk(error):
@@ -102,7 +102,7 @@ def unpack(gguf: str | Path, out: str | Path, *, force: bool = False) -> Path:
             f"Unpacked by sentei from {Path(gguf).name} (sha256 {source.sha256()}), stored here as {source.dtype}.\n",
             encoding="utf-8",
         )
-        _put_in_place(partial, out)
+        put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -251,7 +251,7 @@ def _verify(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> flo
     return difference
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def put_in_place(partial: Path, out: Path) -> None:
     """Rename; an old checkpoint is moved away first and removed last."""
     partial.chmod(0o755)  # mkdtemp makes it private
     for file in partial.rglob("*"):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sentei.cli.flags import check_flags, methods, nearest, parsers
-from sentei.cli.show import Progress, print_benchmark, print_measurements, sizes
+from sentei.cli.show import Progress, adapter_sizes, print_benchmark, print_measurements, sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,10 +80,23 @@ def _compress(options: argparse.Namespace, method: str | None = None) -> int:
 
     with Progress() as report:
         out = recipe.compress(options.model, method=method or options.method, report=report, **_stage(options))
+    if not (out / "compression.json").exists():
+        return _adapter(out)
     record = json.loads((out / "compression.json").read_text(encoding="utf-8"))
     print(sizes(record["parent"], record["result"]))
     print(f"saved {out}  (recipe.yaml makes it again; next: sentei eval {out} --data TEXT; sentei bench {out})")
     return 0
+
+
+def _adapter(out: Path) -> int:
+    """What a search found; 3 if its result was rejected, 4 if it stopped before its budget and that is an error."""
+    stored = json.loads((out / "prunepeft.json").read_text(encoding="utf-8"))
+    print(adapter_sizes(stored["record"]))
+    print(f"saved {out}  (report.md says why each unit stayed; recipe.yaml makes it again)")
+    status = stored["record"]["status"]
+    if status == "rejected":
+        return 3
+    return 4 if status == "stopped_early" and stored["fields"]["strict_budget"] else 0
 
 
 def _heal(options: argparse.Namespace) -> int:
@@ -158,6 +171,8 @@ def _run(options: argparse.Namespace) -> int:
         asked = dataclasses.replace(asked, out=options.out)
     with Progress() as report:
         result = recipe.run(asked, force=options.force, report=report)
+    if not (Path(result["checkpoint"]) / "compression.json").exists():
+        return _adapter(Path(result["checkpoint"]))
     record = json.loads((Path(result["checkpoint"]) / "compression.json").read_text(encoding="utf-8"))
     print(sizes(record["parent"], record["result"]))
     if "measurements" in result:

@@ -31,6 +31,22 @@ def sizes(parent: dict[str, Any], child: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def adapter_sizes(record: dict[str, Any]) -> str:
+    """What a search for PEFT modules kept, a line each."""
+    parameters, metric, adapter = record["parameters"], record["metric"], record["adapter"]
+    value = "not measured" if metric["value"] is None else f"{metric['value']:.4f} on {metric['rows']} rows"
+    lines = [
+        ("units", f"{len(record['living'])} of {len(record['units'])}"),
+        ("parameters", f"{parameters['living']:,} of {parameters['supernet']:,} (budget {parameters['budget']:,})"),
+        ("and the head", f"{parameters['head']:,}"),
+        (metric["name"], value),
+        ("modules", f"matched {adapter['pattern_check']['matched']}, {adapter['pattern_check']['others']} others"),
+        ("expression", adapter["pattern"]),
+        ("status", "; ".join([record["status"], *record["rejected"]])),
+    ]
+    return "\n".join(f"{label:16}{text}" for label, text in lines)
+
+
 def print_measurements(measurements: dict[str, list[dict[str, Any]]]) -> None:
     table = Table("model", "measured on", "metric", "value", box=None, pad_edge=False)
     for model, rows in measurements.items():

@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "one_shot": "sentei.methods.one_shot:OneShot",
     "policy_gradient": "sentei.methods.policy_gradient:PolicyGradient",
     "heal": "sentei.methods.heal:Heal",
+    "prune_peft": "sentei.methods.prune_peft:PrunePEFT",
 }
 
 Progress = Callable[[dict[str, Any]], None]
@@ -26,9 +27,19 @@ class Method(Protocol):
 
     The record holds "kept" (from `structure.kept`, structural methods), "seconds", "history" (a list of dicts) and
     whatever the method wants in the report.
+
+    `reads` says what `compress` is given: "text" is a `data.Text`; "examples" is what the method's own
+    `read(spec, text_field)` returns, a `data.examples.Examples`, and its `head(rows)` is then what the model is loaded
+    with: arguments of `checkpoint.load` such as {"task": "QuestionAnswering"}, or {}.
+
+    `saves` says what becomes of the model: "checkpoint", or "adapter" where its weights stay as they are and the
+    record's "adapter" tells what was put in; `pages(record)` is then the text of files beside it. Where the record has
+    a "fallback" too, its tensors are in the work folder's file `fallback`.
     """
 
     structural: bool
+    reads: str
+    saves: str
 
     def compress(
         self, model: Any, tokenizer: Any, text: Any, *, workdir: Path | None = None, report: Progress | None = None

@@ -85,6 +85,8 @@ class Heal:
     seed: int = option(0, "order of the text, and the adapters' first values")
 
     structural: ClassVar[bool] = False
+    reads: ClassVar[str] = "text"
+    saves: ClassVar[str] = "checkpoint"
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from sentei import methods
 from sentei.methods import Progress
 from sentei.recipe.fields import check_keys, method_fields
 from sentei.recipe.gates import judge, parse_gate, values_of
-from sentei.recipe.stage import Job, compress, find_model, load_text, parent_of, silent, write, write_yaml
+from sentei.recipe.stage import Job, compress, find_model, load_data, parent_of, silent, write, write_yaml
 
 EVALUATE = (
     "texts", "contexts", "stride", "max_blocks", "add_bos", "tasks", "include_path", "limit", "batch_size",
@@ -61,6 +61,14 @@ class Recipe:
         check_keys(self.benchmark or {}, BENCHMARK, "benchmark")
         if not isinstance(self.prompts, list):
             raise ValueError("prompts is a list of texts")
+        adapters = [_saves_adapter(stage) for stage in self.stages]
+        if any(adapters[:-1]):
+            raise ValueError("a stage that trains PEFT modules must be the last: nothing can start from an adapter")
+        if any(adapters) and (self.evaluate or self.benchmark is not None or self.prompts or self.gates):
+            raise ValueError(
+                "evaluate, benchmark, prompts and gates are for checkpoints; the last stage of this recipe writes an "
+                "adapter, whose own thresholds are min_metric and max_drop_vs"
+            )
         for gate in self.gates:
             name = parse_gate(gate)[0]
             if name.startswith(("speedup", "memory")) and self.benchmark is None:
@@ -121,7 +129,6 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     # A GGUF is unpacked once: reading it takes half a minute, and its packed bytes compare with nothing of ours.
     dense = str(out / "parent") if model.endswith(".gguf") else recipe.model
     jobs = _check_stages(recipe, model, dense, force)
-    load_text(recipe.data, recipe.text_field)  # unreadable text is told before anything is written
     write_yaml(out / "recipe.yaml", json.loads(json.dumps(dataclasses.asdict(recipe))))
     done = _Done(out / "done.json", force)
     if model.endswith(".gguf"):
@@ -141,6 +148,12 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
         say({"message": f"stage {name}"})
         compress(**job, force=True, report=report)
     last = jobs[-1][1]["out"]
+    if _saves_adapter(recipe.stages[-1]):  # its scores are its own: a task's, not a text's
+        stored = json.loads((last / "prunepeft.json").read_text(encoding="utf-8"))["record"]
+        found = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe), "gates": []}
+        found |= {"status": stored["status"], "metric": stored["metric"], "parameters": stored["parameters"]}
+        write(Path(recipe.result) if recipe.result else out / "result.json", json.dumps(found, indent=1) + "\n")
+        return found
     result: dict[str, Any] = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe)}
     if recipe.evaluate:
         places = {"parent": model, **{name: str(job["out"]) for name, job in jobs}}
@@ -173,6 +186,7 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
     jobs: list[tuple[str, dict[str, Any]]] = []
     dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
     previous = start
+    readable: list[Any] = []
     for name, stage in zip(recipe.names(), recipe.stages, strict=True):
         fields = {key: value for key, value in stage.items() if key not in ("name", "method", "data", "teacher")}
         if recipe.seed is not None and "seed" in method_fields(stage["method"]):
@@ -194,6 +208,10 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         # The folder of the stage before, and an unpacked parent, need not be there yet: the model stands in for them.
         trust, there = recipe.trust_remote_code, model if teacher == start else teacher
         job = Job.check(model, stage["method"], fields, out, force=True, teacher=there, trust_remote_code=trust)
+        asked = [job.method.reads, arguments["data"]]
+        if asked not in readable:  # unreadable data is told before anything is written
+            load_data(job.method, arguments["data"], recipe.text_field)
+            readable.append(asked)
         unpacked = start if teacher == start != recipe.model else job.teacher
         resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(
             arguments["data"], recipe.text_field
@@ -205,6 +223,10 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         jobs.append((name, arguments))
         previous = str(out)
     return jobs
+
+
+def _saves_adapter(stage: dict[str, Any]) -> bool:
+    return methods.load(stage["method"]).saves == "adapter"
 
 
 class _Done:

@@ -1,0 +1,326 @@
+"""Tasks x models x seeds x configurations of PEFT, each trained alike: does the search pay, and against what?
+
+    python benchmarks/prune_peft.py --model MINILM --seeds 5 --out results/prune-peft-minilm.json
+    python benchmarks/prune_peft.py --out results/prune-peft-minilm.json --markdown
+
+All configurations see the same rows in the same order for the same number of steps. The budget ("at B") is half of
+the smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows,
+which nothing was chosen on; with --grid each configuration's learning rate is chosen on validation rows with the first
+seed. Rows are appended as they are made; a second run makes the missing ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sentei import checkpoint
+from sentei.adapters import Unit
+from sentei.data import examples
+from sentei.methods.prune_peft import CRITERIA, PrunePEFT, tasks
+from sentei.methods.prune_peft.training import Bench
+
+SHARED = "../shared/data"
+GLUE = f"{SHARED}/glue"
+# Files, field of the text, field of the pair, field of the label, metric.
+TASKS: dict[str, tuple[Any, str, str | None, str, str]] = {
+    "cola": (
+        {"train": f"{GLUE}/cola/in_domain_train.tsv",
+         "test": [f"{GLUE}/cola/in_domain_dev.tsv", f"{GLUE}/cola/out_of_domain_dev.tsv"]},
+        "sentence", None, "label", "matthews",
+    ),
+    "sst2": (
+        {"train": f"{GLUE}/sst2_sentences/train.tsv", "test": f"{GLUE}/sst2_sentences/dev.tsv"},
+        "sentence", None, "label", "accuracy",
+    ),
+    "mrpc": (
+        {"train": f"{GLUE}/mrpc/train.tsv", "test": f"{GLUE}/mrpc/test.tsv"},
+        "sentence1", "sentence2", "label", "accuracy",
+    ),
+    "stsb": (
+        {"train": f"{GLUE}/stsb/train.tsv", "test": f"{GLUE}/stsb/test.tsv"},
+        "sentence1", "sentence2", "score", "spearman",
+    ),
+    "subj": (f"{SHARED}/text_cls/subj.jsonl.gz", "text", None, "label", "accuracy"),
+    "qnli": (f"{GLUE}/qnli/dev.tsv", "question", "sentence", "label", "accuracy"),
+    "boolq": (f"{SHARED}/superglue_val/boolq.jsonl.gz", "question", "passage", "label", "accuracy"),
+    "pubmedqa": (f"{SHARED}/pubmedqa/pqa_labeled.jsonl.gz", "question", "long_answer", "final_decision", "accuracy"),
+}  # fmt: skip
+DEFAULT_TASKS = ("cola", "sst2", "subj", "mrpc", "stsb", "qnli")
+REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
+
+Made = tuple[Any, Bench, dict[str, Any]]
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    if args.markdown:
+        print(markdown(json.loads(out.read_text())))
+        return
+    table = json.loads(out.read_text()) if out.exists() else {"rows": [], "lr": {}}
+    settings = {name: getattr(args, name) for name in ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid")}
+    if table["rows"] and table["settings"] != settings:
+        raise SystemExit(f"{out} was made with {table['settings']}; give another --out")
+    table |= {
+        "settings": settings,
+        "model": args.name or Path(args.model).name,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"torch": torch.__version__},
+    }
+    made = {(row["task"], row["configuration"], row["seed"]) for row in table["rows"]}
+    for seed in range(args.seeds):
+        for name in args.tasks:
+            wanted = [c for c in args.configurations if (name, c, seed) not in made]
+            if not wanted:
+                continue
+            base = PrunePEFT(
+                epochs=args.epochs, batch_size=args.batch_size, seq_len=args.seq_len, metric=TASKS[name][4], seed=seed,
+                pair_field=TASKS[name][2], label_field=TASKS[name][3], limit=args.rows, precision=args.precision,
+                save_every=1_000_000,
+            )  # fmt: skip
+            rows = read(name, args)
+            model, tokenizer = checkpoint.load(args.model, **base.head(rows))
+            for configuration in wanted:
+                key = f"{name}: {configuration}"
+                if key not in table["lr"]:
+                    table["lr"][key] = choose_lr(configuration, base, model, tokenizer, rows, args)
+                row = run(configuration, replace(base, lr=table["lr"][key]), model, tokenizer, rows, "test", args)
+                table["rows"].append({"task": name, "configuration": configuration, "seed": seed} | row)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
+                out.with_suffix(".tmp").replace(out)
+                shown = {"task": name, "configuration": configuration, "seed": seed} | row
+                print(json.dumps({key: shown[key] for key in shown if key != "living"}), flush=True)
+
+
+def read(name: str, args: argparse.Namespace) -> examples.Examples:
+    """The task's rows: the split is the same for every seed."""
+    spec, text, pair, label, metric = TASKS[name]
+    kind = "regression" if metric in ("spearman", "pearson") else "classification"
+    return examples.load(
+        spec, kind=kind, text_field=text, pair_field=pair, label_field=label, limit=args.rows, held_limit=args.test_rows
+    )
+
+
+def choose_lr(configuration: str, base: PrunePEFT, model: Any, tokenizer: Any, rows: Any, args: Any) -> float:
+    full = configuration == "full fine-tuning"
+    if not args.grid:
+        return args.full_lr if full else args.lr
+    rates = [rate / 10 for rate in args.grid] if full else args.grid
+    first = replace(base, seed=0)
+    values = {
+        rate: run(configuration, replace(first, lr=rate), model, tokenizer, rows, "validation", args)["value"]
+        for rate in rates
+    }
+    return max(values, key=lambda rate: values[rate])
+
+
+def run(
+    configuration: str, method: PrunePEFT, model: Any, tokenizer: Any, rows: Any, part: str, args: Any
+) -> dict[str, Any]:
+    """Train one configuration on a copy of the model and score it."""
+    begun = time.monotonic()
+    torch.manual_seed(method.seed)
+    _, bench, row = CONFIGURATIONS[configuration](method, copy.deepcopy(model), tokenizer, rows)
+    row |= {"lr": method.lr, "metric": bench.task.metric, "seconds": time.monotonic() - begun}
+    row["value"] = bench.score(getattr(rows, part))
+    row["head"] = sum(p.numel() for p in bench.head_parameters())
+    return row
+
+
+def steps_of(method: PrunePEFT, rows: Any) -> int:
+    return math.ceil(len(rows.train) * method.epochs / method.batch_size)
+
+
+def bench_of(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Bench:
+    task = tasks.Task(rows, tokenizer, model, metric=method.metric, length=method.seq_len)
+    return Bench(model, task, method, method.alpha_per_rank(model))
+
+
+def everywhere(choose: Callable[[PrunePEFT, Any], list[Unit]]) -> Callable[..., Made]:
+    """Train a fixed set of units."""
+
+    def train(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
+        units = choose(method, model)
+        bench = bench_of(method, model, tokenizer, rows)
+        bench.put(units, "final")
+        seconds = bench.fit(rows.train, steps_of(method, rows), seed="final")
+        return model, bench, {
+            "parameters": sum(unit.parameters for unit in units),
+            "train_seconds": seconds,
+            "living": [f"{unit.id}:{unit.rank}" for unit in units],
+        }  # fmt: skip
+
+    return train
+
+
+def full(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
+    bench = bench_of(method, model, tokenizer, rows)
+    bench.start_head("final")
+    model.requires_grad_(True)
+    seconds = bench.fit(rows.train, steps_of(method, rows), seed="final")
+    count = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in bench.head_parameters())
+    return model, bench, {"parameters": count, "train_seconds": seconds}
+
+
+def searched(**fields: Any) -> Callable[..., Made]:
+    """The method itself, at the budget."""
+
+    def search(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
+        method = replace(method, budget=budget(method, model), **fields)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the plan's notes are in the row
+            record = method.compress(model, tokenizer, rows)
+        phases = record["phases"]
+        return model, bench_of(method, model, tokenizer, rows), {
+            "parameters": record["parameters"]["living"],
+            "living": record["living"],
+            "train_seconds": phases["retrain"],
+            "search_seconds": phases.get("warmup", 0.0) + phases.get("rounds", 0.0),
+            "search_ratio": record["search_ratio"]["rows"],
+            "assigned_by": record["assigned_by"],
+            "notes": record["notes"],
+        }  # fmt: skip
+
+    return search
+
+
+def budget(method: PrunePEFT, model: Any) -> int:
+    space = replace(method, kinds=("lora", "adapter")).space(model)
+    return min(sum(u.parameters for u in space if u.is_lora == lora) for lora in (True, False)) // 2
+
+
+def of_kind(lora: bool) -> Callable[[PrunePEFT, Any], list[Unit]]:
+    return lambda method, model: [unit for unit in method.space(model) if unit.is_lora == lora]
+
+
+def thinner(lora: bool) -> Callable[[PrunePEFT, Any], list[Unit]]:
+    """A unit in every layer, of lower rank or width: as many as the budget holds, the rest to the first layers."""
+
+    def choose(method: PrunePEFT, model: Any) -> list[Unit]:
+        units = [replace(unit, rank=1) for unit in of_kind(lora)(method, model)]
+        left = budget(method, model) - sum(unit.parameters for unit in units)
+        grown = True
+        while grown:
+            grown = False
+            for place, unit in enumerate(units):
+                larger = replace(unit, rank=unit.rank + 1)
+                if larger.parameters - unit.parameters <= left:
+                    left -= larger.parameters - unit.parameters
+                    units[place], grown = larger, True
+        return units
+
+    return choose
+
+
+CONFIGURATIONS: dict[str, Callable[..., Made]] = {
+    "full fine-tuning": full,
+    "LoRA everywhere": everywhere(of_kind(True)),
+    "adapters everywhere": everywhere(of_kind(False)),
+    "both everywhere": everywhere(lambda method, model: method.space(model)),
+    REFERENCE: everywhere(thinner(True)),
+    "adapters everywhere at B": everywhere(thinner(False)),
+    CHANCE: searched(assignment="random"),
+    **{f"{criterion} alone at B": searched(assignment=criterion) for criterion in CRITERIA},
+    "equal at B": searched(assignment="equal"),
+    "paper's table at B": searched(assignment="paper"),
+    "warm-up at B": searched(assignment="warmup", max_search_ratio=2.0),
+    "prune_peft at B": searched(),
+    "prune_peft, LoRA only at B": searched(kinds=("lora",)),
+    "prune_peft, adapters only at B": searched(kinds=("adapter",)),
+}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """A line for each configuration: scores in per cent, mean over tasks, paired differences with 95 % intervals."""
+    names = list(dict.fromkeys(row["task"] for row in table["rows"]))
+    value = {(row["configuration"], row["task"], row["seed"]): 100 * row["value"] for row in table["rows"]}
+    metric = {row["task"]: row["metric"] for row in table["rows"]}
+    s = table["settings"]
+    lines = [
+        f"{table['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch "
+        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds; differences are paired by task "
+        "and seed, with 95 % intervals: only those that leave out 0 are shown to be any.",
+        "",
+        f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean | vs {REFERENCE} "
+        f"| vs {CHANCE} | search / training (rows) | s |",
+        "|" + "---|" * (len(names) + 7),
+    ]
+    for configuration in dict.fromkeys(row["configuration"] for row in table["rows"]):
+        rows = [row for row in table["rows"] if row["configuration"] == configuration]
+        cells = [spread([value[k] for k in value if k[:2] == (configuration, name)]) for name in names]
+        all_there = {row["task"] for row in rows} == set(names)
+        mean = statistics.mean(
+            statistics.mean([value[k] for k in value if k[:2] == (configuration, name)]) for name in names
+        ) if all_there else None  # fmt: skip
+        ratios = [row["search_ratio"] for row in rows if "search_ratio" in row]
+        lines.append(
+            f"| {configuration} | {statistics.mean(row['parameters'] for row in rows):,.0f} | {' | '.join(cells)} | "
+            f"{'' if mean is None else f'{mean:.1f}'} | {difference(value, configuration, REFERENCE)} | "
+            f"{difference(value, configuration, CHANCE)} | {f'{statistics.mean(ratios):.2f}' if ratios else ''} | "
+            f"{statistics.mean(row['seconds'] for row in rows):,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def difference(value: dict[Any, float], one: str, other: str) -> str:
+    pairs = [value[k] - value[other, k[1], k[2]] for k in value if k[0] == one and (other, k[1], k[2]) in value]
+    if one == other or not pairs:
+        return ""
+    if len(pairs) < 3:
+        return f"{statistics.mean(pairs):+.1f} (n={len(pairs)})"
+    import scipy.stats
+
+    half = scipy.stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"{statistics.mean(pairs):+.1f} ± {half:.1f} (n={len(pairs)})"
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder, .gguf file or hub id")
+    parser.add_argument("--name", help="of the model, in the table")
+    parser.add_argument("--out", default="results/prune-peft-minilm.json")
+    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(DEFAULT_TASKS))
+    parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=2000, help="training rows at most")
+    parser.add_argument("--test-rows", type=int, default=1000, help="test and validation rows at most")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--full-lr", type=float, default=1e-4)
+    parser.add_argument("--grid", type=float, nargs="+", help="rates to choose from for PEFT; a tenth of them for full")
+    parser.add_argument("--precision", default="auto")
+    parsed = parser.parse_args()
+    if not parsed.markdown and not parsed.model:
+        parser.error("--model is needed")
+    return parsed
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    main()

@@ -1,0 +1,567 @@
+"""PrunePEFT: find which layers need LoRA or an adapter, by pruning modules while they train. arXiv 2506.07587.
+
+1. Put LoRA on query and value, and a serial bottleneck behind the feed-forward, into every layer     `adapters.units`
+2. Fit the search into its share of one training: steps, rounds, slice of the data                    `planning.plan`
+3. Warm-up: short runs in which all six criteria vote; each cell (kind x depth block) gets the
+   criteria that prune most in it, each criterion the cell it prunes most                            `_assign`
+4. Rounds: start again from the pre-trained weights, train briefly, score every living unit,          `_rounds`
+   remove the k most prunable, each kind its share                                       `assignment.judge`, `remove`
+5. At the budget: put back what still fits                                                           `put_back`
+6. Train the survivors from scratch on all the data                                                  `_retrain`
+
+The released code's scores are broken in several ways (they mix the units' sizes, let batches cancel, and never reset
+their sums), so ours are not its scores: every criterion and every assignment here removes from each cell no more than
+its share when the scores are noise. Equation 1 is used on percentiles within a kind, whose weight grows with
+prunability; its softmax is left out, which is monotone within a cell and means nothing between cells.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors.torch import save_file
+
+from sentei import adapters
+from sentei.adapters import Unit
+from sentei.data import examples
+from sentei.evaluate import scores
+from sentei.methods import Progress, option
+from sentei.methods.prune_peft import assignment as assigning
+from sentei.methods.prune_peft import pages, planning, tasks
+from sentei.methods.prune_peft.criteria import CRITERIA
+from sentei.methods.prune_peft.training import Bench
+
+FALLBACK = "plain_lora.safetensors"  # in the work folder: what is exported too where a search was rejected
+ASSIGNMENTS = ("warmup", "paper", "equal", "random", *CRITERIA)
+
+
+@dataclass(frozen=True)
+class PrunePEFT:
+    """Search a PEFT configuration for labelled rows, under a budget of trained parameters, and train it."""
+
+    budget: float = option(0.5, "what may stay: parameters, or a share between 0 and 1 of budget_of", "[ours]")
+    budget_of: str = option("supernet", "supernet: all units; base: the model without its head", "[ours]")
+    kinds: tuple[str, ...] = option(("lora", "adapter"), "what is searched: lora, adapter", "2.2")
+    lora_targets: tuple[str, ...] = option(("q", "v"), f"linears with LoRA: {', '.join(adapters.ROLES)}", "2.2")
+    lora_split: bool = option(False, "each linear a unit of its own, in place of one LoRA unit a layer", "[ours]")
+    lora_r: int | None = option(None, "rank; default 32 for encoders, 8 for decoders", "released code")
+    lora_alpha: int | None = option(None, "default 32 for encoders, 16 for decoders", "released code")
+    adapter_width: int | None = option(None, "bottleneck; default hidden / 8 for encoders, 32 for decoders", "code")
+    adapter_init: str = option(
+        "zero", f"first values of the bottleneck: {', '.join(adapters.INITS)}", "eq. 4-5; [ours]"
+    )
+    dropout: float = option(0.1, "in both kinds", "released code")
+    assignment: str = option(
+        "warmup", f"who judges where: {', '.join(ASSIGNMENTS)}, or file:x.json", "sec. 3; [ours] for the others"
+    )
+    units_per_round: int | None = option(None, "removed per round; default a twelfth of the units", "released code")
+    steps_per_round: int | None = option(None, "default: what max_search_ratio allows", "[ours]")
+    search_fraction: float | None = option(None, "rows that rounds train on; default up to a tenth", "low fidelity 1 %")
+    max_search_ratio: float = option(0.3, "steps of the search, of those of one training, weighed", "table 4")
+    strict_search_ratio: bool = option(False, "refuse a search that would cost more")
+    warmup_examples: int = option(100, "rows of a warm-up turn", "released code")
+    warmup_turns: int = option(3, "turns", "released code")
+    warmup_epochs: int = option(3, "passes over the rows in a turn", "released code")
+    warmup_top: float = option(0.25, "share of a kind that each criterion votes against", "[ours]")
+    rank_slope: float = option(4.0, "beta of the rank weight sigmoid(beta (2p - 1))", "eq. 1; [ours]")
+    threshold: float = option(0.05, "of the criterion threshold, relative to the role's RMS", "[ours]")
+    threshold_mode: str = option("relative", "or absolute, with 1e-6 in the released code", "[ours]")
+    score_from: float = option(0.5, "scores are of the rest of a round: LoRA's A has no gradient at first", "[ours]")
+    depth_cuts: tuple[float, ...] = option((0.2, 0.5, 0.8), "where depth blocks begin", "released code")
+    kind_weights: tuple[float, ...] | None = option(None, "shifts removals between kinds, in their order", "[ours]")
+    count_head: bool = option(False, "the head is part of the budget", "[ours]")
+    task: str | None = option(None, "classification, regression or response; default: by the labels")
+    pair_field: str | None = option(None, "second text of a row")
+    label_field: str = option("label", "the label, or the response")
+    limit: int | None = option(None, "at most so many rows to train on")
+    metric: str | None = option(None, f"{', '.join(scores.SCORES)}; default accuracy, spearman or likelihood")
+    epochs: float = option(3.0, "passes of the final training", "released code; 20 in the paper")
+    batch_size: int = option(16, "rows per optimiser step and micro-batch", "[ours]")
+    accumulate: int = option(1, "micro-batches per optimiser step", "[ours]")
+    seq_len: int = option(128, "tokens of a row at most", "[ours]")
+    lr: float = option(2e-4, "of units and head, AdamW", "released code")
+    weight_decay: float = option(0.01, "on matrices", "[ours]")
+    precision: str = option("auto", "fp32, bf16 (autocast) or auto")
+    save_every: int = option(50, "steps between checkpoints of the final training")
+    max_drop: float | None = option(None, "stop when the watched metric falls so far below the first round's", "[ours]")
+    patience: int = option(2, "rounds in a row that must fall so far", "[ours]")
+    strict_budget: bool = option(False, "a search that stopped early has failed (exit code 4)", "[ours]")
+    min_metric: float | None = option(None, "least metric on validation rows to be accepted", "[ours]")
+    compare: bool = option(False, "train LoRA everywhere too, for its metric and its time", "[ours]")
+    max_drop_vs: float | None = option(None, "largest loss against LoRA everywhere to be accepted", "[ours]")
+    seed: int = option(0, "for every random choice")
+
+    structural: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+    reads: ClassVar[str] = "examples"
+    saves: ClassVar[str] = "adapter"
+    fallback: ClassVar[str] = FALLBACK
+
+    def __post_init__(self) -> None:
+        _one_of("budget_of", self.budget_of, ("supernet", "base"))
+        _one_of("adapter_init", self.adapter_init, adapters.INITS)
+        _one_of("threshold_mode", self.threshold_mode, ("relative", "absolute"))
+        _one_of("task", self.task, (None, *tasks.DEFAULT_METRIC))
+        if not self.assignment.startswith("file:"):
+            _one_of("assignment", self.assignment, ASSIGNMENTS)
+        for name in (
+            "budget", "lora_r", "lora_alpha", "adapter_width", "units_per_round", "steps_per_round", "max_search_ratio",
+            "warmup_turns", "warmup_epochs", "warmup_top", "rank_slope", "threshold", "epochs", "batch_size",
+            "accumulate", "lr", "save_every", "patience", "search_fraction",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if list(self.depth_cuts) != sorted(self.depth_cuts) or len(self.depth_cuts) != 3:
+            raise ValueError(f"depth_cuts are three rising numbers between 0 and 1, got {self.depth_cuts}")
+        if not 0 <= self.score_from < 1 or not 0 <= self.dropout < 1 or not 0 < self.warmup_top < 1:
+            raise ValueError("score_from and dropout are at least 0 and below 1, warmup_top is between 0 and 1")
+        if self.search_fraction is not None and self.search_fraction > 1:
+            raise ValueError(f"search_fraction is a share of the rows, at most 1; got {self.search_fraction}")
+        if self.warmup_examples < 2 * self.batch_size:
+            raise ValueError(
+                f"a warm-up of {self.warmup_examples} rows is fewer than 2 batches of {self.batch_size}; raise "
+                "warmup_examples, or lower batch_size"
+            )
+        if self.kind_weights is not None and (len(self.kind_weights) != len(self.kinds) or min(self.kind_weights) <= 0):
+            raise ValueError(f"kind_weights needs a number above 0 for each of {', '.join(self.kinds)}")
+        if self.max_drop_vs is not None and not self.compare:
+            raise ValueError("max_drop_vs compares with LoRA everywhere, which compare=true trains; set both")
+
+    # --- data and model -----------------------------------------------------------------------------
+
+    def read(self, spec: Any, text_field: str) -> examples.Examples:
+        """Rows for the search: task by `task`, texts from `text_field` and `pair_field`, labels from `label_field`."""
+        fields = {"text_field": text_field, "pair_field": self.pair_field, "label_field": self.label_field}
+        if self.task == "response":
+            fields["make"] = tasks.response_row(text_field, self.label_field)
+        return examples.load(spec, kind=self.task, limit=self.limit, **fields)
+
+    def head(self, rows: examples.Examples) -> dict[str, Any]:
+        """What the model is loaded with."""
+        if rows.kind == "response":
+            return {}
+        return {"task": "SequenceClassification", "labels": rows.labels or ["score"]}
+
+    def space(self, model: Any) -> list[Unit]:
+        """All units of the supernet."""
+        from sentei import structure
+
+        decoder = structure.is_causal(model)
+        hidden = model.config.hidden_size
+        return adapters.units(
+            model,
+            kinds=self.kinds,
+            targets=self.lora_targets,
+            split=self.lora_split,
+            rank=self.lora_r or (8 if decoder else 32),
+            width=self.adapter_width or (32 if decoder else max(1, hidden // 8)),
+        )
+
+    def alpha_per_rank(self, model: Any) -> float:
+        from sentei import structure
+
+        decoder = structure.is_causal(model)
+        return (self.lora_alpha or (16 if decoder else 32)) / (self.lora_r or (8 if decoder else 32))
+
+    def pages(self, record: dict[str, Any]) -> dict[str, str]:
+        """Text files that go beside the adapter."""
+        return pages.all_pages(record)
+
+    # --- the method ---------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        model: Any,
+        tokenizer: Any,
+        text: examples.Examples,
+        *,
+        workdir: Path | None = None,
+        report: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Search on `text.train`, train the survivors on all of it, measure on `text.validation`.
+
+        The model keeps the trained units and head; its base weights are those it came with.
+
+        Args:
+            workdir: state goes here after each round and during the final training; a run found here is continued.
+        Returns:
+            what prunepeft.json holds; "adapter" is what is needed to load the units again.
+        Raises:
+            ValueError: a model without hosts or with PEFT modules, a budget that removes nothing or leaves nothing, too
+                few rows, data-parallel wrappers that split gradients, a workdir with another run.
+        """
+        _refuse_sharding(model)
+        say = report or (lambda event: None)
+        base_parameters = sum(p.numel() for p in model.parameters())
+        space = self.space(model)
+        base_fingerprint = adapters.fingerprint(model)
+        pattern_check = None
+        task = tasks.Task(text, tokenizer, model, metric=self.metric, length=self.seq_len)
+        bench = Bench(model, task, self, self.alpha_per_rank(model))
+        head_parameters = sum(p.numel() for p in bench.head_parameters())
+        searched, watched = tasks.watch_split(text.train, seed=self.seed)
+        plan = self._plan(space, text, searched, base_parameters - head_parameters, head_parameters)
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=2)
+            say({"message": note})
+        if self.strict_search_ratio and plan.ratio > self.max_search_ratio * 1.001:
+            raise ValueError(
+                f"{plan.notes[-1]}; raise max_search_ratio or units_per_round, or give more rows or epochs"
+            )
+        self._warn_about_thresholds(task, watched, text.validation)
+
+        state = _State.open(workdir, self, space, text.sha256)
+        labels = len(text.labels) if text.labels else None
+        sliced = examples.stratified(searched, plan.rows, seed=self.seed, labels=labels)
+        cell_of = assigning.cells(space, _num_layers(model), self.depth_cuts)
+        self._assign(bench, space, cell_of, searched, labels, plan, state, say)
+        living = self._rounds(bench, space, cell_of, sliced, watched, plan, state, say)
+        adapters.unload(model)
+        pattern = adapters.pattern(living)
+        pattern_check = adapters.check_pattern(pattern, model, living)
+        if self.compare:
+            self._compare(bench, space, text, plan, state, say)
+        self._retrain(bench, living, text, plan, state, say)
+        model.eval()
+
+        result = self._record(state, plan, space, living, text, task, bench)
+        result["adapter"] = {
+            "units": [asdict(unit) for unit in living],
+            "alpha_per_rank": bench.alpha_per_rank,
+            "dropout": self.dropout,
+            "fingerprint": base_fingerprint,
+            "head": self.head(text),
+            "pattern": pattern,
+            "pattern_check": pattern_check,
+        }
+        if result["rejected"] and result["plain_lora"]:
+            result["fallback"] = result["adapter"] | {"units": result["plain_lora"]["units"]}
+        result["parameters"] |= {"base": base_parameters - head_parameters, "head": head_parameters}
+        return result
+
+    def _plan(self, space: list[Unit], text: examples.Examples, searched: list, base: int, head: int) -> planning.Plan:
+        budget = planning.budget_parameters(self.budget, self.budget_of, space, base, head if self.count_head else 0)
+        batch = self.batch_size * self.accumulate
+        least = 2 * len(text.labels) if text.labels else 2
+        if len(searched) < max(2 * batch, least):
+            raise ValueError(
+                f"{len(searched)} rows to search on are fewer than 2 batches of {batch} or two of each label; give "
+                "more rows, or lower batch_size"
+            )
+        warmup = self.warmup_turns * math.ceil(self.warmup_examples * self.warmup_epochs / batch)
+        if self.assignment == "warmup" and text.labels and self.warmup_examples < least:
+            raise ValueError(f"warmup_examples {self.warmup_examples}: {least} at least, two of each label")
+        plan = planning.plan(
+            space,
+            budget,
+            train_rows=len(text.train),
+            search_rows=len(searched),
+            steps=max(1, math.ceil(len(text.train) * self.epochs / batch)),
+            batch_size=batch,
+            warmup_steps=warmup if self.assignment == "warmup" else 0,
+            assignment=self.assignment,
+            units_per_round=self.units_per_round,
+            steps_per_round=self.steps_per_round,
+            search_fraction=self.search_fraction,
+            max_ratio=self.max_search_ratio,
+            least_rows=least,
+        )
+        turn = plan.warmup_steps // self.warmup_turns
+        for name, steps in (("steps_per_round", plan.round_steps), ("warmup_epochs", turn)):
+            if 0 < steps - math.ceil(self.score_from * steps) < 2:
+                raise ValueError(f"{steps} steps leave fewer than 2 scored batches; raise {name}, or lower score_from")
+        return plan
+
+    def _assign(
+        self,
+        bench: Bench,
+        space: list[Unit],
+        cell_of: dict[str, assigning.Cell],
+        rows: list[examples.Row],
+        labels: int | None,
+        plan: planning.Plan,
+        state: _State,
+        say: Progress,
+    ) -> None:
+        """Step 3, or what stands in for it, into `state`."""
+        if "assignment" in state.values:
+            return
+        if plan.assignment.startswith("file:"):
+            found = assigning.from_file(plan.assignment[5:], cell_of)
+        elif plan.assignment != "warmup":
+            found = None if plan.assignment == "random" else assigning.fixed(plan.assignment, cell_of)
+        else:
+            steps = plan.warmup_steps // self.warmup_turns
+            turns = []
+            for turn in range(self.warmup_turns):
+                few = examples.stratified(rows, self.warmup_examples, seed=self.seed + 1000 * (turn + 1), labels=labels)
+                tell = _teller(say, f"warm-up {turn + 1} of {self.warmup_turns}")
+                measured, seconds = bench.measure(space, few, steps, seed=("warm-up", turn), say=tell)
+                state.spend("warmup", seconds)
+                turns.append(measured)
+            votes = assigning.count_votes(turns, cell_of, self.warmup_top)
+            sizes = {cell: list(cell_of.values()).count(cell) for cell in set(cell_of.values())}
+            found = assigning.match(assigning.by_cell(votes, cell_of), sizes)
+            p = assigning.chance(votes, cell_of, seed=self.seed)
+            state.values["votes"], state.values["chance"] = votes, p
+            if p > 0.05:
+                note = f"the warm-up's votes are as uneven by chance with probability {p:.2f}: the table says little"
+                state.values.setdefault("notes", []).append(note)
+                say({"message": note})
+        state.values["assignment"] = None if found is None else assigning.as_table(found)
+        state.save()
+
+    def _rounds(
+        self,
+        bench: Bench,
+        space: list[Unit],
+        cell_of: dict[str, assigning.Cell],
+        rows: list[examples.Row],
+        watched: list[examples.Row],
+        plan: planning.Plan,
+        state: _State,
+        say: Progress,
+    ) -> list[Unit]:
+        """Steps 4 and 5; the units that stay."""
+        by_id = {unit.id: unit for unit in space}
+        table = state.values["assignment"]
+        assignment = None if table is None else {cell: tuple(table[cell[0]][cell[1]]) for cell in set(cell_of.values())}
+        living = [by_id[name] for name in state.values["living"]]
+        weights = dict(zip(self.kinds, self.kind_weights, strict=True)) if self.kind_weights else {}
+        weights = {kind: weights.get(kind.partition("_")[0], 1.0) for kind in {unit.kind for unit in space}}
+        while sum(unit.parameters for unit in living) > plan.budget and state.values["status"] == "searching":
+            number = len(state.values["rounds"])
+            found: dict[str, Any] = {"living": [unit.id for unit in living]}
+            measured: dict[str, dict[str, float]] = {}
+            if self.assignment != "random" or self.max_drop is not None:
+                tell = _teller(say, f"round {number + 1} of about {plan.rounds}, {len(living)} units")
+                measured, seconds = bench.measure(living, rows, plan.round_steps, seed=("round", number), say=tell)
+                state.spend("rounds", seconds)
+            if self.max_drop is not None:
+                found["watched"] = bench.score(watched)
+                if (mask := self._failing(state.values["rounds"], found)) is not None:
+                    living = [by_id[name] for name in mask]
+                    state.values["status"] = "stopped_early"
+            if state.values["status"] == "searching":
+                seed = (self.seed, "judge", number)
+                judgement = assigning.judge(measured, living, cell_of, assignment, slope=self.rank_slope, seed=seed)
+                gone = assigning.remove(
+                    living, judgement, plan.units_per_round, plan.budget, seed=(self.seed, number), weights=weights
+                )
+                names = {unit.id for unit in gone}
+                living = [unit for unit in living if unit.id not in names]
+                found |= {
+                    "removed": [unit.id for unit in gone],
+                    "scores": measured,
+                    "percentiles": judgement.percentile,
+                    "combined": judgement.combined,
+                    "probability": judgement.probability,
+                    "abstained": judgement.abstained,
+                }
+            state.values["rounds"].append(found)
+            state.values["living"] = [unit.id for unit in living]
+            state.save()
+        if state.values["status"] == "searching":
+            removed = [[by_id[name] for name in found["removed"]] for found in state.values["rounds"]]
+            back = assigning.put_back(living, removed, plan.budget)
+            names = {unit.id for unit in [*living, *back]}
+            living = [unit for unit in space if unit.id in names]
+            state.values |= {
+                "put_back": [unit.id for unit in back],
+                "living": [unit.id for unit in living],
+                "status": "found",
+            }
+            state.save()
+        return living
+
+    def _failing(self, rounds: list[dict[str, Any]], now: dict[str, Any]) -> list[str] | None:
+        """The mask to go back to, if the watched metric was too low for `patience` rounds up to now."""
+        all_rounds = [*rounds, now]
+        floor = all_rounds[0]["watched"] - (self.max_drop or 0.0)
+        last = all_rounds[-self.patience :]
+        if len(all_rounds) <= self.patience or not all(found["watched"] < floor for found in last):
+            return None
+        return all_rounds[-self.patience - 1]["living"]
+
+    def _compare(self, bench: Bench, space: list[Unit], text: Any, plan: Any, state: _State, say: Progress) -> None:
+        """LoRA in every layer, trained as the survivors will be."""
+        if "plain_lora" in state.values:
+            return
+        everywhere = [unit for unit in space if unit.is_lora]
+        if not everywhere:
+            raise ValueError("compare trains LoRA everywhere, which is not among kinds; add lora, or leave compare out")
+        bench.put(everywhere, "final")
+        folder = state.folder / "plain_lora" if state.folder else None
+        tell = _teller(say, "LoRA everywhere")
+        seconds = bench.fit(text.train, plan.steps, seed="final", folder=folder, say=tell)
+        state.spend("plain_lora", seconds)
+        state.values["plain_lora"] = {
+            "metric": bench.score(text.validation),
+            "parameters": sum(unit.parameters for unit in everywhere),
+            "units": [asdict(unit) for unit in everywhere],
+        }
+        if state.folder:
+            save_file(adapters.state(bench.model, everywhere), state.folder / FALLBACK)
+        state.save()
+
+    def _retrain(
+        self, bench: Bench, living: Sequence[Unit], text: Any, plan: Any, state: _State, say: Progress
+    ) -> None:
+        """Step 6."""
+        bench.put(living, "final")
+        folder = state.folder / "retrain" if state.folder else None
+        seconds = bench.fit(text.train, plan.steps, seed="final", folder=folder, say=_teller(say, "final training"))
+        state.values["seconds"]["retrain"] = seconds
+
+    def _record(
+        self,
+        state: _State,
+        plan: planning.Plan,
+        space: list[Unit],
+        living: list[Unit],
+        text: Any,
+        task: Any,
+        bench: Any,
+    ) -> dict[str, Any]:
+        begun = time.monotonic()
+        value = bench.score(text.validation) if text.validation else None
+        state.spend("measuring", time.monotonic() - begun)
+        total, kept = (sum(unit.parameters for unit in units) for units in (space, living))
+        seconds = state.values["seconds"]
+        search = seconds.get("warmup", 0.0) + seconds.get("rounds", 0.0)
+        plain, plain_row = seconds.get("plain_lora"), state.values.get("plain_lora")
+        trained = sum(bool(found.get("scores")) or "watched" in found for found in state.values["rounds"])
+        steps = plan.warmup_steps + trained * plan.round_steps
+        rejected = []
+        if value is not None and self.min_metric is not None and value < self.min_metric:
+            rejected.append(f"{task.metric} {value:.4f} is below min_metric {self.min_metric:g}")
+        if (
+            value is not None
+            and plain_row
+            and self.max_drop_vs is not None
+            and value < plain_row["metric"] - self.max_drop_vs
+        ):
+            rejected.append(
+                f"{task.metric} {value:.4f} is more than {self.max_drop_vs:g} below {plain_row['metric']:.4f}"
+            )
+        return {
+            "status": "rejected"
+            if rejected
+            else "stopped_early"
+            if state.values["status"] == "stopped_early"
+            else "accepted",
+            "rejected": rejected,
+            "metric": {"name": task.metric, "value": value, "rows": len(text.validation), "part": "validation"},
+            "plain_lora": plain_row,
+            "units": [
+                {"id": u.id, "kind": u.kind, "layer": u.layer, "rank": u.rank, "parameters": u.parameters}
+                for u in space
+            ],
+            "living": [unit.id for unit in living],
+            "put_back": state.values.get("put_back", []),
+            "rounds": state.values["rounds"],
+            "assignment": state.values["assignment"],
+            "assigned_by": plan.assignment,
+            "votes": state.values.get("votes"),
+            "chance": state.values.get("chance"),
+            "notes": [*plan.notes, *state.values.get("notes", [])],
+            "plan": asdict(plan),
+            "parameters": {"supernet": total, "budget": plan.budget, "living": kept},
+            "search_ratio": {
+                "rows": steps / plan.steps,
+                "seconds": search / plain if plain else None,
+                "seconds_estimated": None if plain else search / (seconds["retrain"] or 1.0),
+            },
+            "seconds": sum(seconds.values()),
+            "phases": dict(seconds),
+            "history": [
+                {"step": number, "living": len(found["living"]), "watched": found.get("watched")}
+                for number, found in enumerate(state.values["rounds"], 1)
+            ],
+        }
+
+    def _warn_about_thresholds(self, task: tasks.Task, watched: list, validation: list) -> None:
+        if (self.min_metric is not None or self.max_drop_vs is not None) and not validation:
+            raise ValueError("min_metric and max_drop_vs need validation rows; give some")
+        if self.max_drop is not None:
+            if len(watched) < 2:
+                raise ValueError("max_drop needs rows to watch, a tenth of the training rows; there are too few")
+            if task.kind != "response":
+                error = scores.standard_error(task.metric, 0.8, len(watched))
+                if self.max_drop < 2 * error:
+                    warnings.warn(
+                        f"max_drop {self.max_drop:g} is less than 2 standard errors of {task.metric} on {len(watched)} "
+                        f"rows (about {2 * error:.3f}): chance may stop the search",
+                        stacklevel=3,
+                    )
+
+
+class _State:
+    """What a killed search goes on from; written after the warm-up and after each round."""
+
+    def __init__(self, folder: Path | None, values: dict[str, Any]):
+        self.folder, self.values = folder, values
+
+    @staticmethod
+    def open(folder: Path | None, method: PrunePEFT, space: list[Unit], data: str) -> _State:
+        same = json.loads(json.dumps({"fields": asdict(method), "units": [asdict(u) for u in space], "data": data}))
+        start = {
+            "of": same,
+            "living": [unit.id for unit in space],
+            "rounds": [],
+            "seconds": {},
+            "status": "searching",
+        }
+        if folder is None or not (folder / "state.json").exists():
+            return _State(folder, start)
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if values["of"] != same:
+            old = values["of"]["fields"]
+            fields = [name for name, value in same["fields"].items() if old.get(name) != value]
+            raise ValueError(
+                f"{folder} holds a search with other {', '.join(fields) or 'data or model'}; use another folder, or "
+                "delete it"
+            )
+        return _State(folder, values)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        self.values["seconds"][phase] = self.values["seconds"].get(phase, 0.0) + seconds
+
+    def save(self) -> None:
+        if self.folder is None or int(os.environ.get("RANK", "0")):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / ".state.json.part"
+        part.write_text(json.dumps(self.values), encoding="utf-8")
+        part.replace(self.folder / "state.json")
+
+
+def _teller(say: Progress, what: str) -> Any:
+    return lambda step, of, loss: say({"step": step, "of": of, "message": f"{what}: loss {loss:.3f}"})
+
+
+def _num_layers(model: Any) -> int:
+    from sentei import structure
+
+    return len(structure.layers(model))
+
+
+def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    if value not in known:
+        words = ", ".join(str(word) for word in known if word is not None)
+        raise ValueError(f"{name} is one of {words}; got {value!r}")
+
+
+def _refuse_sharding(model: Any) -> None:
+    name = type(model).__name__
+    if name in ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine") or os.environ.get("ACCELERATE_USE_FSDP"):
+        raise ValueError(f"{name}: the search reads whole gradients: use one process or DDP")
