@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "one_shot": "sentei.methods.one_shot:OneShot",
     "policy_gradient": "sentei.methods.policy_gradient:PolicyGradient",
     "heal": "sentei.methods.heal:Heal",
+    "atp": "sentei.methods.atp:ATP",
 }
 
 Progress = Callable[[dict[str, Any]], None]
