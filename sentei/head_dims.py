@@ -59,12 +59,12 @@ def units(model: nn.Module) -> Units:
 def _costs(layer: nn.Module, row: Family, size: LayerSize, kind: str) -> dict[int, int]:
     if not size.num_heads:
         return {}
-    heads, output = size.num_heads + size.num_kv_heads, structure.part(layer, row.output)
-    biased = structure.part(layer, row.query).bias is not None
+    heads, hidden = size.num_heads + size.num_kv_heads, int(structure.part(layer, row.output).out_features)
+    biased = int(structure.part(layer, row.query).bias is not None)
     if kind == "v_dims":
-        return dict.fromkeys(range(size.head_dim), heads * output.out_features + biased * size.num_kv_heads)
+        return dict.fromkeys(range(size.head_dim), heads * hidden + biased * size.num_kv_heads)
     norms = 4 if hasattr(structure.part(layer, row.attention), "q_norm") else 0
-    return dict.fromkeys(range(size.head_dim // 2), 2 * heads * (output.out_features + biased) + norms)
+    return dict.fromkeys(range(size.head_dim // 2), 2 * heads * (hidden + biased) + norms)
 
 
 def pair_rows(pairs_K: Tensor, head_dim: int) -> Tensor:

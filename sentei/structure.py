@@ -150,7 +150,7 @@ def family(model_or_type: nn.Module | str) -> Family:
 class LayerSize:
     """What one layer holds now; `skip` names sub-layers that are gone, `*_bias`: the reading linear has a bias.
 
-    Where heads were cut inside (`head_dims`), `qk_pairs` are the rotary pairs left and `head_dim` is that of the values.
+    Where heads were cut inside (`head_dims`), `qk_pairs` are the rotary pairs left, `head_dim` the values' width.
     """
 
     num_heads: int

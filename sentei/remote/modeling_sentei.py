@@ -148,7 +148,7 @@ class NarrowAttention(nn.Module):
         if past_key_values is not None:
             if type(past_key_values).__name__ == "StaticCache":
                 raise ValueError(
-                    "a static cache holds keys and values of one width; use cache_implementation='dynamic'"
+                    "a static cache needs keys and values of one width; use cache_implementation='dynamic'"
                 )
             key, value = past_key_values.update(key, value, self.layer_idx)
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -39,6 +39,8 @@ from torch import Tensor, nn
 
 from sentei import structure
 from sentei.data import prompts
+from sentei.data.examples import Examples
+from sentei.data.examples import load as load_rows
 from sentei.methods import Progress, option
 from sentei.methods.atp import selection, tuning, wiring
 from sentei.methods.atp.tuning import Data, Teacher, Tuning
@@ -100,7 +102,7 @@ class ATP:
     control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
     control_fraction: float = option(0.5, "part of the steps in which the mask may change", CODE)
     final_mask: str = option(
-        "topk", "topk: by rank, exact; last_sample (the authors'), threshold: for comparison", OURS
+        "topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS
     )
     zeroing: str = option("proximal", "proximal: gradual, exact; beta: lasso of weight beta_last; immediate", OURS)
     beta_last: float = option(1000.0, "weight of the lasso in the frozen phase, zeroing=beta", CODE)
@@ -141,6 +143,13 @@ class ATP:
         selection.check_reachable(units, self.sparsity, floors)
         choose = selection.uniform if self.shape == "uniform" else selection.top_k
         return choose(score_U, units, self.sparsity, floors)
+
+    def read(self, spec: Any, text_field: str) -> Examples:
+        """Rows of prompts and responses; a row of the test part is not learned, nor is its prompt's copy elsewhere."""
+        return load_rows(spec, kind="response", make=prompts.make_row)
+
+    def head(self, rows: Examples) -> dict[str, Any]:
+        return {}
 
     def check(self) -> None:
         """Refuse what cannot work, before any model is loaded.
@@ -190,7 +199,7 @@ class ATP:
         self,
         model: Any,
         tokenizer: Any,
-        examples: Any,
+        examples: Examples,
         *,
         workdir: Path | None = None,
         report: Progress | None = None,
@@ -217,7 +226,9 @@ class ATP:
         before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         sizes = structure.layer_parameters(model), structure.total_parameters(model)
         _refuse_sharding()
-        device = PartialState().device if PartialState().num_processes > 1 else next(model.parameters()).device
+        device = next(model.parameters()).device
+        if PartialState().num_processes > 1:
+            device = torch.device(PartialState().device)  # pyright: ignore[reportArgumentType]
         model.to(device).eval()
         precision = resolve_precision(self.precision, device)
         if precision == "fp32":  # 16-bit products are slow on such a device, and these casts are exact both ways
@@ -280,7 +291,7 @@ class ATP:
     def _floors(self, units: Units) -> selection.Floors:
         return selection.Floors.of(units, self.round_channels, self.round_pairs, self.round_values)
 
-    def _data(self, tokenizer: Any, examples: Any) -> tuple[Data, dict[str, Any]]:
+    def _data(self, tokenizer: Any, examples: Examples) -> tuple[Data, dict[str, Any]]:
         """Rows as tokens in three parts, batch size and steps."""
         template = prompts.Template(tokenizer, self.template)
         rows = examples.train
@@ -372,8 +383,8 @@ class ATP:
         freeze = account["freeze"]
         if freeze and abs(freeze["kept_before"] - freeze["wanted"]) > 0.02:
             warnings.warn(
-                f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, {freeze['wanted']:.3f} "
-                "were wanted: logits that were not trained far enough decide the rest. Give more steps",
+                f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, "
+                f"{freeze['wanted']:.3f} were wanted: logits that were not trained far enough decide the rest. Give more steps",
                 stacklevel=3,
             )
         last = next((e["lasso"] for e in reversed(account["history"]) if e["phase"] == "control"), 0.0)

@@ -149,6 +149,12 @@ def adapter(model: nn.Module, row: Row) -> LoraLinear:
     return wrapped
 
 
+def base_of(wrapped: LoraLinear) -> nn.Linear:
+    linear = wrapped.get_base_layer()
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 @torch.no_grad()
 def unwrap(model: nn.Module, rows: list[Row], *, merge: bool) -> None:
     """Put the plain linears back, with c B A added in fp32 where `merge`; the merged weight stays fp32."""
@@ -156,7 +162,7 @@ def unwrap(model: nn.Module, rows: list[Row], *, merge: bool) -> None:
         wrapped = model.get_submodule(row.name)
         if not isinstance(wrapped, LoraLinear):
             continue
-        linear = wrapped.get_base_layer()
+        linear = base_of(wrapped)
         if merge:
             # A zero row of B and a zero column of A give exact zeros here, so what is cut carries nothing away.
             linear.weight.data = linear.weight.float() + wrapped.get_delta_weight("default").float()
@@ -262,7 +268,7 @@ def probe(model: nn.Module, units: Units, rows: list[Row], book: MaskBook, ids_B
             for row in rows:
                 mine_R = masked_U[row.unit_R].to(device)
                 if row.layer == layer and row.side == "out" and bool(mine_R.any()):
-                    linear = adapter(model, row).get_base_layer()
+                    linear = base_of(adapter(model, row))
                     for tensor in (linear.weight, linear.bias):
                         if tensor is not None:
                             touched.append((tensor, tensor.clone()))
@@ -292,6 +298,7 @@ class Adapters:
         for row in rows:
             wrapped = adapter(model, row)
             factor = (wrapped.lora_B if row.side == "out" else wrapped.lora_A)["default"].weight
+            assert isinstance(factor, nn.Parameter)
             self.rows.append((factor, 0 if row.side == "out" else 1, row.unit_R.to(device)))
         self._locked: dict[int, Tensor] = {}
         self._handles: list[Any] = []
@@ -317,7 +324,7 @@ class Adapters:
 
     @torch.no_grad()
     def lock(self, keep_U: Tensor) -> None:
-        """Dropped rows that are zero stay zero from now on: their gradients too, or they would fill the clipped norm."""
+        """Dropped rows that are zero stay zero, and their gradients are: these would fill the clipped norm."""
         self.unlock()
         for factor, dimension, unit_R in self.rows:
             zero_R = (~keep_U.bool()[unit_R]) & (factor.abs().sum(1 - dimension) == 0)
@@ -335,7 +342,7 @@ class Adapters:
 
     @torch.no_grad()
     def shrink(self, keep_U: Tensor, step: float) -> None:
-        """One proximal step: every live dropped row v of n elements becomes v max(0, 1 - tau / |v|), tau = step sqrt(n).
+        """One proximal step: a live dropped row v of n elements becomes v max(0, 1 - tau / |v|), tau = step sqrt(n).
 
         Rows that were zero when they were last locked are set back to zero first: Adam's momentum moves them still.
         """
