@@ -101,9 +101,7 @@ class ATP:
     beta: float = option(0.3, "weight of the group lasso in the control phase", CODE)
     control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
     control_fraction: float = option(0.5, "part of the steps in which the mask may change", CODE)
-    final_mask: str = option(
-        "topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS
-    )
+    final_mask: str = option("topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS)
     zeroing: str = option("proximal", "proximal: gradual, exact; beta: lasso of weight beta_last; immediate", OURS)
     beta_last: float = option(1000.0, "weight of the lasso in the frozen phase, zeroing=beta", CODE)
     shrink: float = option(4.0, "proximal: how much faster rows shrink at the end of the ramp", OURS)
