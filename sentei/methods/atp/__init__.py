@@ -157,7 +157,7 @@ class ATP:
         """
         if not 0 <= self.sparsity < 1:
             raise ValueError(
-                f"sparsity is the fraction of the prunable parameters removed, in [0, 1); got {self.sparsity}"
+                f"sparsity is the part of the prunable parameters removed, in [0, 1); got {self.sparsity}"
             )
         for name, known in (
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
@@ -382,7 +382,8 @@ class ATP:
         if freeze and abs(freeze["kept_before"] - freeze["wanted"]) > 0.02:
             warnings.warn(
                 f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, "
-                f"{freeze['wanted']:.3f} were wanted: logits that were not trained far enough decide the rest. Give more steps",
+                f"{freeze['wanted']:.3f} were wanted: "
+                "logits that were not trained far enough decide the rest. Give more steps",
                 stacklevel=3,
             )
         last = next((e["lasso"] for e in reversed(account["history"]) if e["phase"] == "control"), 0.0)

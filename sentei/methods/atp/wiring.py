@@ -130,6 +130,7 @@ def adapt(model: nn.Module, rows: list[Row], *, rank: int, alpha: int, dropout: 
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    model.train(model.training)  # new modules come in train mode
 
 
 def add_adapter(model: nn.Module, rows: list[Row], name: str, *, rank: int, alpha: int) -> None:
