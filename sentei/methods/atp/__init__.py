@@ -156,9 +156,7 @@ class ATP:
             ValueError: which field, what was expected.
         """
         if not 0 <= self.sparsity < 1:
-            raise ValueError(
-                f"sparsity is the part of the prunable parameters removed, in [0, 1); got {self.sparsity}"
-            )
+            raise ValueError(f"sparsity is the part of the prunable parameters removed, in [0, 1); got {self.sparsity}")
         for name, known in (
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
