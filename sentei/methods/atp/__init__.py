@@ -261,8 +261,8 @@ class ATP:
         _restore(model, before)
         rounded = _compare(_logits(model, checks), expected, limit=math.inf)
         after = structure.layer_parameters(model), structure.total_parameters(model)
-        if self.mask == "learned":
-            self._warn(run.state, account, data)
+        for alarm in account["warnings"]:
+            warnings.warn(alarm, stacklevel=2)
         removed = units.removed_parameters(keep_U)
         return {
             "kept": structure.kept(units, keep_U),
@@ -373,24 +373,6 @@ class ATP:
             if report is not None:
                 report({"step": step.step, "of": self.heal_steps, "message": f"healing: ce {step.losses['ce']:.3f}"})
         return {"steps": self.heal_steps, "tokens": tokens, "loss_before": before, "loss_after": run.held_loss()}
-
-    def _warn(self, state: dict[str, Any], account: dict[str, Any], data: Data) -> None:
-        """Signs of a run that was too short, where the result cannot be trusted as it is."""
-        freeze = account["freeze"]
-        if freeze and abs(freeze["kept_before"] - freeze["wanted"]) > 0.02:
-            warnings.warn(
-                f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, "
-                f"{freeze['wanted']:.3f} were wanted: "
-                "logits that were not trained far enough decide the rest. Give more steps",
-                stacklevel=3,
-            )
-        last = next((e["lasso"] for e in reversed(account["history"]) if e["phase"] == "control"), 0.0)
-        if last > 0.1 * state["peak_lasso"]:
-            warnings.warn(
-                f"the lasso ended the control phase at {last / state['peak_lasso']:.0%} of its peak: rows of dropped "
-                "units still work; raise beta or give more steps",
-                stacklevel=3,
-            )
 
 
 def _refuse_sharding() -> None:

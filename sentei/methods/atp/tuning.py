@@ -100,6 +100,7 @@ class Tuning:
             "history": [],
             "last": {},
             "flips": [],
+            "budget": [],
             "slice_tokens": 0,
             "generator_seconds": 0.0,
             "best": None,
@@ -195,7 +196,7 @@ class Tuning:
         if self._cut_log:
             self._cut_log = False
             self._forget_lines(step.step)
-        entry: dict[str, Any] = {"step": step.step, "phase": state["phase"], "train_ce": step.losses["ce"]}
+        entry: dict[str, Any] = {"step": step.step, "phase": state["phase"], "ce": step.losses["ce"]}
         if state["phase"] == "control":
             entry |= state["last"] | {"lasso": self.adapters.level(self._mask())}
             state["peak_lasso"] = max(state["peak_lasso"], entry["lasso"])
@@ -213,7 +214,7 @@ class Tuning:
             state["generator"] = self.generator.state_dict()
             state["generator_optimizer"] = self.generator_optimizer.state_dict()
         every = math.ceil(self.data.steps / MOST_HISTORY)
-        if step.step % every == 0 or stop or step.step == self.data.steps or "validation_loss" in entry:
+        if step.step % every == 0 or stop or step.step == self.data.steps or "validation_ce" in entry:
             state["history"].append(entry)
         self._log(entry)
         if self.report is not None:
@@ -268,13 +269,15 @@ class Tuning:
             self._check_ranks()
         state = self.state
         state["flips"].append(sum(flips.values()))
+        state["budget"].append(float(price.detach()))
         state["slice_tokens"] += tokens
         state["generator_seconds"] += time.monotonic() - begun
         state["last"] = {
             "slice_ce": ce,
             "budget_loss": float(price.detach()),
             "kept": sampled,
-            "wanted": 1 - method.sparsity,
+            "wanted_kept": 1 - method.sparsity,
+            "flips": sum(flips.values()),
             **{f"flips_{kind}": count for kind, count in flips.items()},
             **{
                 f"kept_{kind}": float(keep_U[self.units.kind_U == KINDS.index(kind)].float().mean())
@@ -350,6 +353,7 @@ class Tuning:
         early, late = sum(state["flips"][:-fifth][-fifth:]), sum(state["flips"][-fifth:])
         state["freeze"] = {
             "step": step,
+            "lasso": self.adapters.level(self._mask()),
             "kept_before": self._fraction(threshold_U),
             "kept_last_sample": self._fraction(state["keep"]),
             "kept": self._fraction(keep_U),
@@ -384,7 +388,7 @@ class Tuning:
         if self._live or done < self.ramp or (done % self.eval_every and step.step < self.data.steps):
             return False
         loss = self.held_loss()
-        entry["validation_loss"] = loss
+        entry["validation_ce"] = loss
         if state["best_loss"] is None or loss < state["best_loss"]:
             best = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters() if p.requires_grad}
             state.update(best=best, best_loss=loss, best_step=step.step, without_better=0)
@@ -414,8 +418,39 @@ class Tuning:
             "validation_loss": state["best_loss"],
             "freeze": state["freeze"],
             "zeroing": state["zeroing"],
+            "warnings": self._alarms(),
             "history": state["history"],
         }
+
+    def _alarms(self) -> list[str]:
+        """How this run differs from a healthy one: what to mend before its result is trusted."""
+        state, freeze, method = self.state, self.state["freeze"], self.method
+        if not freeze:
+            return []
+        alarms = []
+        if abs(freeze["kept_before"] - freeze["wanted"]) > 0.02:
+            alarms.append(
+                f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, "
+                f"{freeze['wanted']:.3f} were wanted: logits that were not trained far enough decide the rest. Give "
+                "more steps, or raise generator_lr"
+            )
+        if not any(price < 0.01 for price in state["budget"][: max(1, math.ceil(0.4 * len(state["budget"])))]):
+            alarms.append("the budget was not met within 40 % of the control phase: give more steps")
+        if self.control_steps < 200:
+            alarms.append(f"{self.control_steps} control steps are few; the authors' runs met the budget after 150")
+        if not freeze["flips_fall"]:
+            alarms.append("units still changed sides as often in the last fifth of the control phase as before it")
+        if freeze["undecided"] > 0.02:
+            alarms.append(f"{freeze['undecided']:.1%} of the units were undecided at the freeze (healthy: below 2 %)")
+        last = freeze["lasso"]
+        if last > 0.1 * state["peak_lasso"]:
+            alarms.append(
+                f"the lasso ended the control phase at {last / state['peak_lasso']:.0%} of its peak: rows of dropped "
+                "units still work; raise beta or give more steps"
+            )
+        if method.final_mask != "topk" and abs(freeze["misses_budget_by"]) > 0:
+            alarms.append(f"final_mask={method.final_mask} misses the budget by {freeze['misses_budget_by']:+.2%}")
+        return alarms
 
     @torch.no_grad()
     def forward_gap(self) -> float:
@@ -519,13 +554,13 @@ class Tuning:
         return f"{what} (phase {self.state['phase']}, {self.precision}){kept}"
 
     def _progress(self, step: Step, entry: dict[str, Any]) -> dict[str, Any]:
-        words = [f"{entry['phase']}: ce {entry['train_ce']:.3f}"]
+        words = [f"{entry['phase']}: ce {entry['ce']:.3f}"]
         if "slice_ce" in entry:
             words.append(f"slice {entry['slice_ce']:.3f}")
-            words.append(f"kept {entry['kept']:.3f} (want {entry['wanted']:.3f})")
+            words.append(f"kept {entry['kept']:.3f} (want {entry['wanted_kept']:.3f})")
             rates = (f"{kind} {entry[f'kept_{kind}']:.0%}" for kind in self.units.granularity)
             words.append(", ".join(rates))
-            words.append(f"{sum(entry[f'flips_{kind}'] for kind in self.units.granularity)} flips")
+            words.append(f"{entry['flips']} flips")
         if "lasso" in entry:
             words.append(f"lasso {entry['lasso']:.3g}")
         if self.state["best_loss"] is not None:
