@@ -29,6 +29,7 @@ import hashlib
 import math
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -398,12 +399,17 @@ def _restore(model: nn.Module, before: dict[str, tuple[torch.dtype, bool]]) -> N
 
 @torch.no_grad()
 def _logits(model: Any, inputs: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Logits, and of the first input the hidden states after every layer, in front of them."""
+    """Logits of each input, and in front of the first one's the output of every layer."""
     model.eval()
     found = []
     for number, ids_BT in enumerate(inputs):
-        output = model(input_ids=ids_BT, use_cache=False, output_hidden_states=not number)
-        found.append((*(output.hidden_states or ()), output.logits.float()))
+        hidden: list[Tensor] = []
+        with ExitStack() as stack:
+            for layer in () if number else structure.layers(model):
+                keep = lambda module, args, output: hidden.append(output)  # noqa: B023, E731
+                stack.callback(layer.register_forward_hook(keep).remove)
+            logits = model(input_ids=ids_BT, use_cache=False).logits.float()
+        found.append((*hidden, logits))
     return found
 
 
@@ -419,7 +425,7 @@ def _compare(cut: list[tuple[Tensor, ...]], masked: list[tuple[Tensor, ...]], li
         layers = [float((a.float() - b.float()).abs().max()) for a, b in zip(cut[0], masked[0], strict=True)]
         first = next((i for i, d in enumerate(layers[:-1]) if not d <= limit), len(layers) - 1)
         raise ValueError(
-            f"cut and masked model differ by {difference:.2g} (limit {limit:g}), first at layer {max(0, first - 1)}; "
+            f"cut and masked model differ by {difference:.2g} (limit {limit:g}), first at layer {first}; "
             "the state of the run is kept, no final model was written"
         )
     return difference
