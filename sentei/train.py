@@ -269,7 +269,7 @@ def train(
     precision = resolve_precision(settings.precision, device)
     was_training = model.training
     if settings.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     started = time.monotonic() - earlier
     last_seconds = (settings.seconds or 0.0) / 100  # a guess, until a step has been timed
     try:
@@ -309,6 +309,13 @@ def train(
         model.train(was_training)
         if settings.checkpointing:
             model.gradient_checkpointing_disable()
+
+
+def recompute_activations(model: Any) -> None:
+    """Switch activation checkpointing on. Blocks that are not in train mode keep their activations all the same."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers also hooks the embeddings, which only the re-entrant kind needs, and leaves that hook behind.
+    model.disable_input_require_grads()
 
 
 def _progress(settings: Settings, steps: float, seconds: float) -> float:

@@ -29,7 +29,7 @@ from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import selection
 from sentei.methods.atp.wiring import Adapters, MaskBook
 from sentei.structure import KINDS, Units
-from sentei.train import IGNORE, Batch, Batches, Settings, Step, autocast, mix, shuffled, train
+from sentei.train import IGNORE, Batch, Batches, Settings, Step, autocast, mix, recompute_activations, shuffled, train
 
 if TYPE_CHECKING:
     from sentei.methods.atp import ATP
@@ -139,7 +139,7 @@ class Tuning:
             seed=method.seed,
         )
         if method.checkpointing:  # the generator's first step comes before the loop that would switch it on
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(self.model)
         with self.book.using("off" if method.mask == "none" else "base", self._mask()):
             if not resuming:
                 self._begin()
