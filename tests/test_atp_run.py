@@ -152,7 +152,7 @@ def test_killed_and_resumed_is_never_killed(stop, zeroing, words, examples, tmp_
     before = weights(killed)
 
     def kill(event):
-        if event["step"] == stop:
+        if event.get("step") == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -223,6 +223,8 @@ class ATP:
         before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         sizes = structure.layer_parameters(model), structure.total_parameters(model)
         _refuse_sharding()
+        if report is not None:
+            report({"message": self._in_words(units, sizes[1], data)})
         device = next(model.parameters()).device
         if PartialState().num_processes > 1:
             device = torch.device(PartialState().device)  # pyright: ignore[reportArgumentType]
@@ -284,6 +286,19 @@ class ATP:
             "seconds": time.monotonic() - began,
             "seen_prompts": prompts.seen([*examples.train, *examples.validation]),
         }
+
+    def _in_words(self, units: Units, total: int, data: Data) -> str:
+        """Sparsity is what goes, not what stays: said before the work begins."""
+        rows = (
+            f"{data.steps} steps of {data.batch_size} rows, {len(data.train)} for LoRA, {len(data.slice)} for the mask"
+        )
+        if self.mask == "none":
+            return f"tuning, nothing is removed: {rows}"
+        gone = self.sparsity * units.total
+        return (
+            f"removing {self.sparsity:.0%} of {units.total:,} parameters ({self.units}), {gone / total:.1%} of "
+            f"the model: {rows}"
+        )
 
     def _floors(self, units: Units) -> selection.Floors:
         return selection.Floors.of(units, self.round_channels, self.round_pairs, self.round_values)
