@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -109,6 +110,12 @@ class Step:
     tokens: int
     seconds: float
     grad_norm: float
+
+
+def processes() -> PartialState:
+    """This process and the others of `accelerate launch`, as `train` will see them; to be called before it."""
+    # By itself PartialState takes no notice of this flag, and would settle for one process.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def has_bf16(device: torch.device) -> bool:

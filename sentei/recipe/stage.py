@@ -284,9 +284,9 @@ def first_process() -> bool:
 def meet() -> None:
     """Wait for the other processes, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
+        from sentei.train import processes
 
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
 
 
 def write_yaml(path: Path, content: Any) -> None:

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from sentei import structure
@@ -46,7 +45,7 @@ from sentei.methods import Progress, option
 from sentei.methods.atp import selection, tuning, wiring
 from sentei.methods.atp.tuning import Data, Teacher, Tuning
 from sentei.structure import Units
-from sentei.train import resolve_precision
+from sentei.train import processes, resolve_precision
 
 MASKS = ("learned", "taylor", "random", "none")
 ZEROING = ("proximal", "beta", "immediate")
@@ -226,8 +225,8 @@ class ATP:
         if report is not None:
             report({"message": self._in_words(units, sizes[1], data)})
         device = next(model.parameters()).device
-        if PartialState().num_processes > 1:
-            device = torch.device(PartialState().device)  # pyright: ignore[reportArgumentType]
+        if processes().num_processes > 1:
+            device = torch.device(processes().device)  # pyright: ignore[reportArgumentType]
         model.to(device).eval()
         precision = resolve_precision(self.precision, device)
         if precision == "fp32":  # 16-bit products are slow on such a device, and these casts are exact both ways
@@ -279,7 +278,7 @@ class ATP:
             "cut_against_masked": difference,
             "cast_against_masked": rounded,
             "precision": precision,
-            "processes": PartialState().num_processes,
+            "processes": processes().num_processes,
             "batch_size": data.batch_size,
             **counts,
             **account,
@@ -315,7 +314,7 @@ class ATP:
         if not len(train) or (size and not len(slice)):
             raise ValueError(f"{len(rows)} rows leave nothing to train on; add rows, or raise seq_len")
         batch_size = self.batch_size or (20 if len(rest) >= 5000 else max(4, len(rest) // 250))
-        per_step = batch_size * self.accumulate * PartialState().num_processes
+        per_step = batch_size * self.accumulate * processes().num_processes
         steps = self.steps or max(math.ceil(self.epochs * len(train) / per_step), 500)
         parts = (train.ids, slice.ids, validation.ids)
         fingerprint = hashlib.sha256(repr((parts, steps, batch_size)).encode()).hexdigest()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast, gather, reduce
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -29,7 +28,19 @@ from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import selection
 from sentei.methods.atp.wiring import Adapters, MaskBook
 from sentei.structure import KINDS, Units
-from sentei.train import IGNORE, Batch, Batches, Settings, Step, autocast, mix, recompute_activations, shuffled, train
+from sentei.train import (
+    IGNORE,
+    Batch,
+    Batches,
+    Settings,
+    Step,
+    autocast,
+    mix,
+    processes,
+    recompute_activations,
+    shuffled,
+    train,
+)
 
 if TYPE_CHECKING:
     from sentei.methods.atp import ATP
@@ -78,7 +89,7 @@ class Tuning:
         self.book, self.adapters, self.data = book, adapters, data
         self.precision, self.workdir, self.report = precision, workdir, report
         self.device = next(model.parameters()).device
-        self.processes = PartialState()
+        self.processes = processes()
         learned = method.mask == "learned"
         self.control_steps = round(method.control_fraction * data.steps) if learned else 0
         self.frozen_steps = data.steps - self.control_steps
