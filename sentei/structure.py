@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from sentei.remote.modeling_sentei import LayerConfig, NoAttention, NoMLP
 
-KINDS = ("heads", "channels", "sublayers", "layers")
+# The last two are the inner dimensions of heads; `sentei.head_dims` lists and removes them.
+KINDS = ("heads", "channels", "sublayers", "layers", "qk_pairs", "v_dims")
 SUBLAYERS = ("attention", "mlp")
 
 
@@ -147,13 +148,17 @@ def family(model_or_type: nn.Module | str) -> Family:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What one layer holds now; `skip` names sub-layers that are gone, `*_bias`: the reading linear has a bias."""
+    """What one layer holds now; `skip` names sub-layers that are gone, `*_bias`: the reading linear has a bias.
+
+    Where heads were cut inside (`head_dims`), `qk_pairs` are the rotary pairs left, `head_dim` the values' width.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     intermediate_size: int
     skip: tuple[str, ...] = ()
+    qk_pairs: tuple[int, ...] = ()
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -206,7 +211,7 @@ def sizes_of(layer: nn.Module, row: Family) -> LayerSize:
     if output is not None:
         head_dim = part(layer, row.head_dim)
         num_heads = output.in_features // head_dim
-        rows = part(layer, row.key).out_features
+        rows = part(layer, row.value).out_features  # keys may be narrower than values, see `head_dims`
         num_kv_heads = (rows // head_dim - num_heads) // 2 if row.fused_qkv else rows // head_dim
     return LayerSize(
         num_heads=num_heads,
@@ -214,6 +219,7 @@ def sizes_of(layer: nn.Module, row: Family) -> LayerSize:
         head_dim=head_dim,
         intermediate_size=0 if down is None else down.in_features,
         skip=tuple(name for name, linear in zip(SUBLAYERS, (output, down), strict=True) if linear is None),
+        qk_pairs=tuple(getattr(part(layer, row.attention), "qk_pairs", ())),
         attention_bias=output is not None and output.bias is not None,
         mlp_bias=down is not None and down.bias is not None,
     )
@@ -273,8 +279,8 @@ class Units:
 def parse_granularity(granularity: str) -> tuple[str, ...]:
     """`"heads+channels"` -> `("heads", "channels")`, checked."""
     kinds = tuple(granularity.split("+"))
-    if not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
-        raise ValueError(f"granularity is one of {', '.join(KINDS)} or heads+channels; got {granularity!r}")
+    if not set(kinds) <= set(KINDS[:4]) or len(set(kinds)) < len(kinds):
+        raise ValueError(f"granularity is one of {', '.join(KINDS[:4])} or heads+channels; got {granularity!r}")
     if len(kinds) > 1 and set(kinds) != {"heads", "channels"}:
         raise ValueError(
             f"granularity {granularity!r}: these units contain one another; use heads+channels, heads, channels, "
@@ -303,6 +309,11 @@ def units(model: nn.Module, granularity: str = "heads+channels") -> Units:
     return Units(kinds, kind_U, layer_U, index_U, cost_U, len(layers(model)), layer_parameters(model))
 
 
+def channel_costs(layer: nn.Module, row: Family) -> dict[int, int]:
+    """Parameters of each MLP channel of a layer, by its index."""
+    return _costs(layer, row, "channels")
+
+
 def _costs(layer: nn.Module, row: Family, kind: str) -> dict[int, int]:
     """Parameters of each unit of one kind in one layer, by the unit's index."""
     size = sizes_of(layer, row)
@@ -317,6 +328,8 @@ def _costs(layer: nn.Module, row: Family, kind: str) -> dict[int, int]:
             mlp = size.intermediate_size * _channel_cost(layer, row)
         return {i: cost for i, cost in enumerate((attention, mlp)) if SUBLAYERS[i] not in size.skip and cost}
     if kind == "heads":
+        if size.qk_pairs:
+            raise ValueError("heads that were cut inside (head-dims) cannot be removed as wholes; use channels")
         return dict.fromkeys(range(size.num_kv_heads), _group_cost(layer, row, size))
     return dict.fromkeys(range(size.intermediate_size), _channel_cost(layer, row))
 
@@ -374,7 +387,7 @@ def remove(model: nn.Module, units: Units, keep_U: Tensor, bias: dict[tuple[int,
             else:
                 extra = (bias or {}).get((number, kind))
                 if gone:
-                    (_keep_groups if kind == "heads" else _keep_channels)(layer, row, kept)
+                    (_keep_groups if kind == "heads" else keep_channels)(layer, row, kept)
                 if extra is not None:
                     _add_bias(reader(layer, row, kind), extra)
                 linear = reader(layer, row, kind)
@@ -400,26 +413,27 @@ def _keep_groups(layer: nn.Module, row: Family, kept: Tensor) -> None:
     kv_rows = (kept[:, None] * size.head_dim + torch.arange(size.head_dim)).flatten()
     if row.fused_qkv:
         q_end, k_end = size.num_heads * size.head_dim, (size.num_heads + size.num_kv_heads) * size.head_dim
-        _slice(part(layer, row.query), rows=torch.cat([q_rows, kv_rows + q_end, kv_rows + k_end]))
+        slice_linear(part(layer, row.query), rows=torch.cat([q_rows, kv_rows + q_end, kv_rows + k_end]))
         attention = part(layer, row.attention)  # Phi-3 splits the fused output by these two numbers
         attention.num_key_value_heads = len(kept)
         attention.config = LayerConfig(_config(layer), num_attention_heads=len(kept) * size.group_size)
     else:
-        _slice(part(layer, row.query), rows=q_rows)
-        _slice(part(layer, row.key), rows=kv_rows)
-        _slice(part(layer, row.value), rows=kv_rows)
-    _slice(part(layer, row.output), cols=q_rows)
+        slice_linear(part(layer, row.query), rows=q_rows)
+        slice_linear(part(layer, row.key), rows=kv_rows)
+        slice_linear(part(layer, row.value), rows=kv_rows)
+    slice_linear(part(layer, row.output), cols=q_rows)
 
 
-def _keep_channels(layer: nn.Module, row: Family, kept: Tensor) -> None:
+def keep_channels(layer: nn.Module, row: Family, kept: Tensor) -> None:
+    """Keep these channels of a layer's MLP, in place."""
     down = part(layer, row.down)
     rows = torch.cat([kept, kept + down.in_features]) if row.fused_up else kept
     for path in row.up:
-        _slice(part(layer, path), rows=rows)
-    _slice(down, cols=kept)
+        slice_linear(part(layer, path), rows=rows)
+    slice_linear(down, cols=kept)
 
 
-def _slice(linear: nn.Linear, rows: Tensor | None = None, cols: Tensor | None = None) -> None:
+def slice_linear(linear: nn.Linear, rows: Tensor | None = None, cols: Tensor | None = None) -> None:
     """Keep these output rows (and their biases) or these input columns of a linear, in place."""
     with torch.no_grad():
         if rows is not None:
@@ -451,7 +465,7 @@ def _remove_sublayer(layer: nn.Module, row: Family, name: str) -> None:
         if name == "attention":
             _keep_groups(layer, row, none)
         else:
-            _keep_channels(layer, row, none)
+            keep_channels(layer, row, none)
         linear = reader(layer, row, "heads" if name == "attention" else "channels")
         assert linear is not None
         if linear.bias is not None:

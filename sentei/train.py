@@ -112,6 +112,12 @@ class Step:
     grad_norm: float
 
 
+def processes() -> PartialState:
+    """This process and the others of `accelerate launch` or torchrun, as `train` will see them."""
+    # By itself PartialState takes no notice of this flag, and would settle for one process.
+    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def has_bf16(device: torch.device) -> bool:
     """Does the device multiply bfloat16 natively? Where it does not, bf16 is several times slower than fp32."""
     if device.type == "cpu":
@@ -138,11 +144,6 @@ def learning_rate(settings: Settings, progress: float) -> float:
         return settings.lr * progress / settings.warmup
     angle = math.pi * min(1.0, (progress - settings.warmup) / (1 - settings.warmup))
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(angle)))
-
-
-def processes() -> PartialState:
-    """The processes that `accelerate launch` or torchrun started; one, where neither did."""
-    return PartialState(cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def mix(*parts: object) -> int:
@@ -277,7 +278,7 @@ def train(
     precision = resolve_precision(settings.precision, device)
     was_training = model.training
     if settings.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     started = time.monotonic() - earlier
     last_seconds = (settings.seconds or 0.0) / 100  # a guess, until a step has been timed
     try:
@@ -319,6 +320,13 @@ def train(
         model.train(was_training)
         if settings.checkpointing:
             model.gradient_checkpointing_disable()
+
+
+def recompute_activations(model: Any) -> None:
+    """Switch activation checkpointing on. Blocks that are not in train mode keep their activations all the same."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers also hooks the embeddings, which only the re-entrant kind needs, and leaves that hook behind.
+    model.disable_input_require_grads()
 
 
 def _progress(settings: Settings, steps: float, seconds: float) -> float:

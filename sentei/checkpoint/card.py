@@ -97,6 +97,9 @@ def _loads_in(result: dict[str, Any]) -> str:
         llama_cpp = "write with `--shape uniform` or `padded`" if result["causal"] else "not tried"
         if kind in {"llama", "mistral", "qwen2"}:
             llama_cpp = "no conversion written here; its architecture `deci` holds such layers"
+        if any("qk_head_dim" in layer for layer in result["layers"]):
+            vllm = "not tried: keys and values of a head differ in width"
+            llama_cpp = "no: it needs one head size for all layers; use units groups+channels"
         rows = [
             ("transformers 5.16 to 5.23", "`trust_remote_code=True`, or `import sentei` before", verified),
             ("vLLM", vllm if result["causal"] else "not tried", "no"),

@@ -70,9 +70,15 @@ def form(model: Any, shape: str = "heterogeneous") -> Form:
             f"{_range(size.intermediate_size for size in sizes)} channels); prune with --shape uniform so that they "
             "stay equal, or write with --shape heterogeneous or padded"
         )
+    narrow = any(size.qk_pairs for size in sizes)
+    if narrow and shape != "heterogeneous":
+        raise ValueError(
+            "a plain architecture would recompute rotary frequencies and the attention scale for the new head size; "
+            "use --shape heterogeneous"
+        )
     if shape == "padded":
         return _padded(model, sizes, widest)
-    if len(widths) == 1:
+    if len(widths) == 1 and not narrow:
         try:
             config = plain_config(model, next(iter(widths)), widest.attention_bias, widest.mlp_bias)
             return Form("uniform", config, _stock_class(model, config), sizes)
@@ -221,6 +227,8 @@ def _heterogeneous_values(model: Any, sizes: tuple[LayerSize, ...], widest: Laye
     for index, size in enumerate(sizes):
         entry = _width_values(name, size)
         entry.pop("head_dim", None)
+        if size.qk_pairs:
+            entry |= {"qk_pairs": list(size.qk_pairs), "v_head_dim": size.head_dim}
         if name not in ENCODERS:
             entry["attention_output_bias"], entry["mlp_output_bias"] = size.attention_bias, size.mlp_bias
             if not size.num_heads:
@@ -232,11 +240,18 @@ def _heterogeneous_values(model: Any, sizes: tuple[LayerSize, ...], widest: Laye
         per_layer[index] = entry | ({"skip": list(size.skip)} if size.skip else {})
     if name not in HEAD_DIM_DERIVED:
         values |= _width_values(name, widest)
+    # Layers whose heads were cut inside keep the rotary angles and the attention scale of the full head.
+    full = max(getattr(layer, "full_head_dim", 0) for layer in _attentions(model))
     ffn = "hidden_dim" if name == "distilbert" else "intermediate_size"
-    values |= {ffn: widest.intermediate_size, "head_dim": widest.head_dim}
+    values |= {ffn: widest.intermediate_size, "head_dim": full or widest.head_dim}
     if name not in ENCODERS:
         values |= {"attention_output_bias": widest.attention_bias, "mlp_output_bias": widest.mlp_bias}
     return values | {"per_layer_config": per_layer}
+
+
+def _attentions(model: Any) -> list[Any]:
+    row = structure.family(model)
+    return [structure.part(layer, row.attention) for layer in structure.layers(model)]
 
 
 def _width_values(name: str, size: LayerSize) -> dict[str, Any]:

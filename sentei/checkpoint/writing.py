@@ -205,6 +205,7 @@ def _account(
                     "channels": size.intermediate_size,
                     "skip": list(size.skip),
                 }
+                | ({"qk_head_dim": 2 * len(size.qk_pairs), "v_head_dim": size.head_dim} if size.qk_pairs else {})
                 for size in sizes
             ],
         },

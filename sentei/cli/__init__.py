@@ -115,8 +115,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if not options.data and not options.tasks:
-        raise ValueError("nothing to measure; give --data TEXT (python-docs is always there) or --tasks NAMES")
+    if not options.data and not options.tasks and not options.domain:
+        raise ValueError(
+            "nothing to measure; give --data TEXT (python-docs is always there), --tasks NAMES or --domain FILE"
+        )
     try:
         contexts = [int(number) for words in options.context for number in words.split(",")]
     except ValueError:
@@ -124,6 +126,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"--context is {given!r}; expected numbers of tokens, such as 128 1024") from None
     from sentei import evaluate, recipe
 
+    if options.domain:
+        _evaluate_domain(options, recipe.find_model(options.model))
+        if not options.data and not options.tasks:
+            return 0
     result = evaluate.run(
         recipe.find_model(options.model),
         texts=options.data or (),
@@ -142,6 +148,28 @@ def _evaluate(options: argparse.Namespace) -> int:
     if result["json"]:
         print(f"written to {result['json']}")
     return 0
+
+
+def _evaluate_domain(options: argparse.Namespace, model: str) -> None:
+    from sentei import evaluate
+    from sentei.evaluate import domain
+
+    measurements = []
+    for file in options.domain:
+        measurements += domain.run(
+            model,
+            file,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            trust_remote_code=options.trust_remote_code,
+        )
+    where = options.json or (Path(model) / "eval.json" if Path(model).is_dir() else None)
+    if where is not None:
+        evaluate.write_measurements(where, measurements)
+    print_measurements({str(options.model): measurements})
+    if where is not None:
+        print(f"written to {where}")
 
 
 def _bench(options: argparse.Namespace) -> int:

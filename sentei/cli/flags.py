@@ -98,6 +98,9 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument("--stride", type=int, metavar="N", help="overlap the windows; without it they do not")
     command.add_argument("--max-blocks", type=int, metavar="N", help="only the first N windows")
     command.add_argument("--tasks", metavar="A,B", help="lm-eval tasks (pip install 'sentei[eval]')")
+    command.add_argument(
+        "--domain", action="append", metavar="FILE", help="test rows: choices, prompts with responses, summaries"
+    )
     command.add_argument("--include-path", metavar="DIR", help="folder of task YAML of your own")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
     command.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at once (8)")

@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "policy_gradient": "sentei.methods.policy_gradient:PolicyGradient",
     "heal": "sentei.methods.heal:Heal",
     "prune_peft": "sentei.methods.prune_peft:PrunePEFT",
+    "atp": "sentei.methods.atp:ATP",
 }
 
 Progress = Callable[[dict[str, Any]], None]

@@ -118,6 +118,14 @@ class Structural:
     def resolved_granularity(self) -> str:
         return self.granularity
 
+    def units_of(self, model: nn.Module) -> Units:
+        """What may go of this model."""
+        return structure.units(model, self.resolved_granularity)
+
+    def remove(self, model: nn.Module, units: Units, keep_U: Tensor) -> None:
+        """Cut, without any compensation."""
+        structure.remove(model, units, keep_U)
+
     @property
     def whole(self) -> bool:
         """True when the units are whole blocks or sub-layers."""
@@ -166,7 +174,7 @@ class Structural:
         """Check the fields against the model and gather what `choose` and `cut` need."""
         self.check()
         model.eval()
-        units = structure.units(model, self.resolved_granularity)
+        units = self.units_of(model)
         masks.removal_target(units, self.sparsity)
         return Run(model, tokenizer, units, text, self, workdir, report, time.monotonic())
 

@@ -56,7 +56,7 @@ def plan(
     }
     check_positions(loaded, job.method)
     if job.method.structural:
-        units = structure.units(loaded, job.method.resolved_granularity)
+        units = job.method.units_of(loaded)
         twin, form = shadow(job, loaded, units)
         kinds = {kind: int((units.kind_U == number).sum()) for number, kind in enumerate(structure.KINDS)}
         left, left_layers = structure.total_parameters(twin), structure.layer_parameters(twin)
@@ -87,7 +87,7 @@ def plan(
 def _batch(method: Any) -> tuple[int, int]:
     """Sequences and tokens of the batch that a method computes with."""
     values = dataclasses.asdict(method)
-    return values.get("batch_size", 8), values.get("seq_len") or values["calibration_seq_len"]
+    return values.get("batch_size") or 8, values.get("seq_len") or values["calibration_seq_len"]
 
 
 def _estimate(method: Any, forward: float) -> str:

@@ -19,7 +19,7 @@ from sentei.recipe.gates import judge, parse_gate, values_of
 from sentei.recipe.stage import Job, compress, find_model, load_data, parent_of, silent, write, write_yaml
 
 EVALUATE = (
-    "texts", "contexts", "stride", "max_blocks", "add_bos", "tasks", "include_path", "limit", "batch_size",
+    "texts", "contexts", "stride", "max_blocks", "add_bos", "tasks", "include_path", "limit", "batch_size", "domain",
 )  # fmt: skip
 BENCHMARK = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "warmup", "threads", "dtype", "device")
 
@@ -254,6 +254,10 @@ def _evaluate(recipe: Recipe, model: str, folder: Path, say: Progress, beside: l
     from sentei import evaluate
 
     say({"message": f"evaluating {model}"})
+    settings = dict(recipe.evaluate or {})
+    measured = _evaluate_domain(recipe, model, folder, settings.pop("domain", ()))
+    if not settings.get("texts") and not settings.get("tasks"):
+        return measured
     result = evaluate.run(
         model,
         json_path=folder / "eval.json",
@@ -261,9 +265,26 @@ def _evaluate(recipe: Recipe, model: str, folder: Path, say: Progress, beside: l
         dtype=recipe.dtype,
         text_field=recipe.text_field,
         trust_remote_code=recipe.trust_remote_code,
-        **(recipe.evaluate or {}),
+        **settings,
     )
-    return result["measurements"]
+    return measured + result["measurements"]
+
+
+def _evaluate_domain(recipe: Recipe, model: str, folder: Path, files: list[str]) -> list[dict[str, Any]]:
+    """Prompt rows, with the template and length of the stage that was tuned on such rows: the parent's too."""
+    if not files:
+        return []
+    from sentei import evaluate
+    from sentei.evaluate import domain
+
+    tuned = next((stage for stage in recipe.stages if "template" in method_fields(stage["method"])), {})
+    how = {name: tuned.get(name, default) for name, default in (("template", "plain"), ("seq_len", 512))}
+    how |= {name: value for name, value in (recipe.evaluate or {}).items() if name in ("batch_size", "limit")}
+    measured = []
+    for file in files:
+        measured += domain.run(model, file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, **how)
+    evaluate.write_measurements(folder / "eval.json", measured)
+    return measured
 
 
 def _benchmark(settings: dict[str, Any], child: Path, parent: str, say: Progress) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def compress(
     """
     job = Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
     text, head = load_data(job.method, data, text_field)
-    from sentei import checkpoint, structure
+    from sentei import checkpoint
 
     say = report or silent
     say({"message": f"loading {model}"})
     loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code, **head)
     check_positions(loaded, job.method)
     if job.method.structural:  # what cannot be saved is refused before hours of search
-        shadow(job, loaded, structure.units(loaded, job.method.resolved_granularity))
+        shadow(job, loaded, job.method.units_of(loaded))
     arguments: dict[str, Any] = {}
     if job.teacher is not None:
         say({"message": f"loading the parent {job.teacher}"})
@@ -70,6 +70,8 @@ def compress(
     resolved = job.resolved(data, text_field)
     with work_folder(job.out, resolved) as workdir:
         record = job.method.compress(loaded, tokenizer, text, workdir=workdir, report=report, **arguments)
+        if not first_process():
+            return job.out  # the first one has the same model, and writes it
         arguments.clear()  # the teacher's memory is free for the check of the save
         stage = {
             "method": method,
@@ -113,13 +115,13 @@ def shadow(job: Job, model: Any, units: Any) -> tuple[Any, Any]:
     """
     import torch
 
-    from sentei import checkpoint, structure
+    from sentei import checkpoint
 
     score_U = -units.index_U.double() - 1e-6 * units.layer_U.double()
     keep_U = job.method.select(score_U, units, "layer" if job.shape == "uniform" else "global")
     with torch.device("meta"):
         twin = type(model)(model.config)
-    structure.remove(twin, units, keep_U)
+    job.method.remove(twin, units, keep_U)
     return twin, checkpoint.form(twin, job.shape)
 
 
@@ -270,15 +272,20 @@ def load_text(spec: Any, text_field: str) -> Any:
 def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
     """A hidden folder beside `out` for a method's state; kept when the work is cut short, so that it can go on.
 
-    The state of another recipe is thrown away: it could only be refused.
+    The state of another recipe is thrown away: it could only be refused. Of several processes the first one writes.
     """
     folder = out.absolute().parent / f".{out.name}.work"
+    if not first_process():
+        meet()
+        yield folder
+        return
     stamp = folder / "recipe.yaml"
     if folder.exists() and (not stamp.exists() or yaml.safe_load(stamp.read_text(encoding="utf-8")) != resolved):
         shutil.rmtree(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(stamp, resolved)
+    meet()
     try:
         yield folder
     except BaseException:
@@ -289,6 +296,19 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
                     place.rmdir()
         raise
     shutil.rmtree(folder)
+
+
+def first_process() -> bool:
+    """False in all but one process of `accelerate launch` and its like."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def meet() -> None:
+    """Wait for the other processes, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from sentei.train import processes
+
+        processes().wait_for_everyone()
 
 
 def write_yaml(path: Path, content: Any) -> None:

@@ -3,7 +3,7 @@
 Every class here is a stock transformers class whose linears are resized, layer by layer, to `config.per_layer_config`:
 
     "per_layer_config": {"3": {"intermediate_size": 640, "num_attention_heads": 6, "num_key_value_heads": 2},
-                         "7": {"skip": ["attention"]}}
+                         "7": {"skip": ["attention"]}, "9": {"qk_pairs": [0, 1, 5], "v_head_dim": 48}}
 
 Forward passes, caches, masks and losses are the stock ones. `SenteiLlamaForCausalLM` is `LlamaForCausalLM`, and so on
 for the families of FAMILIES below; classes are made at first use by `__getattr__` at the end. The file reads no other
@@ -11,6 +11,8 @@ file, opens no connection and runs nothing when imported.
 
 Two fields beside transformers' own: `attention_output_bias` and `mlp_output_bias` (true, false, or null for the
 family's default) tell whether the last linear of a sub-layer has a bias; what was removed leaves its mean there.
+A layer with `qk_pairs` keeps only these rotary pairs of its query and key heads, and `v_head_dim` of its values
+(`NarrowAttention`, the one attention here with a forward of its own).
 """
 
 import sys
@@ -101,6 +103,76 @@ class NoAttention(nn.Module):
         return self.o_proj(hidden_states[..., :0]), None
 
 
+class NarrowAttention(nn.Module):
+    """Attention whose queries and keys keep some rotary pairs (i, i + d/2) only, and whose values have another width.
+
+    A pair that is left turns by its own old angle, and scores are still divided by the root of the old head size d:
+    the cut changes nothing but what was removed. A norm over a query or key head takes its mean over all d coordinates;
+    over the d' that are left it computes the same with its weight times sqrt(d / d') and its epsilon times d / d'.
+
+    Args:
+        attention: the stock attention of Llama, Mistral, Qwen2 or Qwen3; its linears and norms are taken over as they
+            are, already in their new sizes.
+        qk_pairs: the pairs left, in the old numbering.
+        v_head_dim: width of a value head.
+    """
+
+    def __init__(self, attention, qk_pairs, v_head_dim):
+        super().__init__()
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+        self.full_head_dim = getattr(attention, "full_head_dim", attention.head_dim)
+        self.qk_pairs, self.head_dim = tuple(qk_pairs), v_head_dim
+        self.num_key_value_groups = attention.num_key_value_groups
+        self.scaling, self.attention_dropout = attention.scaling, attention.attention_dropout
+        self.is_causal = True
+        for name, module in attention.named_children():
+            setattr(self, name, module)
+        self._index = None  # not a buffer: one made on the meta device would never get its values
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        kind = self.config._attn_implementation
+        if kind not in ("sdpa", "eager"):
+            raise ValueError(f"{kind} needs keys and values of one width; load with attn_implementation='sdpa'")
+        leading = hidden_states.shape[:-1]
+        query, key = (
+            linear(hidden_states).view(*leading, -1, 2 * len(self.qk_pairs)) for linear in (self.q_proj, self.k_proj)
+        )
+        if "q_norm" in self._modules:
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = self.v_proj(hidden_states).view(*leading, -1, self.head_dim).transpose(1, 2)
+        if self._index is None or self._index.device != hidden_states.device:
+            pairs = torch.tensor(self.qk_pairs, device=hidden_states.device)
+            self._index = torch.cat([pairs, pairs + self.full_head_dim // 2])
+        cos, sin = (table[..., self._index].unsqueeze(1) for table in position_embeddings)
+        query, key = (self._turn(x.transpose(1, 2), cos, sin) for x in (query, key))
+        if past_key_values is not None:
+            if type(past_key_values).__name__ == "StaticCache":
+                raise ValueError(
+                    "a static cache needs keys and values of one width; use cache_implementation='dynamic'"
+                )
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers.models.llama.modeling_llama import eager_attention_forward
+
+        attend = eager_attention_forward if kind == "eager" else ALL_ATTENTION_FUNCTIONS[kind]
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*leading, -1).contiguous()), weights
+
+    @staticmethod
+    def _turn(x, cos, sin):
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def narrow_norm(norm, kept, full):
+    """A query or key norm for `kept` of `full` coordinates, the others being zero; weights are left to the loader."""
+    small = type(norm)(kept, eps=norm.variance_epsilon * full / kept)
+    return small.to(device=norm.weight.device, dtype=norm.weight.dtype)
+
+
 class NoMLP(nn.Module):
     """An MLP that was removed: adds nothing."""
 
@@ -148,9 +220,20 @@ def _decoder(layer, index, size, skip, config):
             attention.q_proj = _resize(attention.q_proj, rows=heads * head_dim)
             attention.k_proj = _resize(attention.k_proj, rows=kv_heads * head_dim)
             attention.v_proj = _resize(attention.v_proj, rows=kv_heads * head_dim)
-        attention.o_proj = _resize(attention.o_proj, columns=heads * head_dim, bias=size.attention_output_bias)
+        pairs = getattr(size, "qk_pairs", ())
+        value_dim = size.v_head_dim if pairs else head_dim
+        attention.o_proj = _resize(attention.o_proj, columns=heads * value_dim, bias=size.attention_output_bias)
         if heads:
             attention.num_key_value_groups = heads // kv_heads
+            if pairs:
+                attention.q_proj = _resize(attention.q_proj, rows=heads * 2 * len(pairs))
+                attention.k_proj = _resize(attention.k_proj, rows=kv_heads * 2 * len(pairs))
+                attention.v_proj = _resize(attention.v_proj, rows=kv_heads * value_dim)
+                if "q_norm" in attention._modules:
+                    attention.q_norm, attention.k_norm = (
+                        narrow_norm(norm, 2 * len(pairs), head_dim) for norm in (attention.q_norm, attention.k_norm)
+                    )
+                layer.self_attn = NarrowAttention(attention, pairs, value_dim)
         else:
             layer.self_attn = NoAttention(index, head_dim, attention.named_children())
     if "mlp" in skip:

@@ -29,8 +29,10 @@ QUANTITIES = (("prefill", "prefill"), ("first_token", "time to first token"), ("
 MOST_PLOTS = 4  # per stage
 # Fields of a log that say where a run was, not how it went.
 NOT_CURVES = ("step", "steps", "progress", "seconds", "time", "elapsed", "eta", "tokens", "epoch", "lr", "seed")
-FIRST_CURVES = ("loss", "perplexity", "kept", "reward")
-HELD_OUT = ("validation_", "eval_", "test_")
+NOT_CURVES += ("lora_tokens", "slice_tokens")
+FIRST_CURVES = ("loss", "perplexity", "ce", "kept", "reward", "lasso", "flips")
+# Drawn dashed beside the quantity they belong to.
+HELD_OUT = ("validation_", "eval_", "test_", "slice_", "wanted_")
 
 
 # ---------------------------------------------------------------------------------------------------------- quality

@@ -1,0 +1,446 @@
+"""ATP: tune LoRA for a domain and learn what to remove at the same time, then cut.
+
+"All-in-One Tuning and Structural Pruning for Domain-Specific LLMs", arXiv 2412.14426. A pruned structure fits the
+weights it was chosen for; tuning moves them. Here a small network proposes the structure anew while LoRA trains, a
+penalty empties the LoRA rows of what is to go, and the cut at the end takes away nothing that computes.
+
+1. Find the removable units and wire every row of every linear to its unit              `wiring.units_of`, `wiring.wire`
+2. Split the rows: LoRA learns on most, the generator on a slice of its own             `prompts.hold_out`
+3. Control phase. In turn:                                                              `Tuning.run`
+   a. the generator: soft masks from its logits and Gumbel noise, base and LoRA masked;
+      minimise CE(slice) + alpha log(max(r, p) / min(r, p)), r kept and p wanted        `Tuning._decide`
+   b. draw a hard mask; LoRA: base masked, LoRA free; minimise CE + beta R_GL, R_GL the
+      group lasso over LoRA rows of dropped units                                       `Tuning._lora_loss`
+4. Freeze: the units with the highest logits, exactly within the budget                 `selection.top_k`
+5. Frozen phase: shrink the LoRA rows of dropped units to exact zeros, then go on       `Tuning._frozen`
+   tuning the others; keep the best on held-out rows
+6. Optionally distil the tuned dense model into the masked one                          `tuning.heal`
+7. Merge LoRA in fp32, cut, compare the cut model with the masked one                   `ATP.compress`
+
+From the paper's public code and its training logs: the generator, the two losses, the alternation and their constants.
+Ours: KV groups or rotary pairs as units (single query and key coordinates cannot be cut: rotation mixes pairs), a final
+mask by rank instead of the last noisy sample, exact zeros by a proximal step, a generator slice taken from the training
+rows, and everything from the merge on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sentei import structure
+from sentei.data import prompts
+from sentei.data.examples import Examples
+from sentei.data.examples import load as load_rows
+from sentei.methods import Progress, option
+from sentei.methods.atp import selection, tuning, wiring
+from sentei.methods.atp.tuning import Data, Teacher, Tuning
+from sentei.structure import Units
+from sentei.train import processes, resolve_precision
+
+MASKS = ("learned", "taylor", "random", "none")
+ZEROING = ("proximal", "beta", "immediate")
+FINAL_MASKS = ("topk", "last_sample", "threshold")
+CODE, OURS = "authors' code", "ours"
+VERIFY_TOLERANCE = 1e-4
+VERIFY_TOKENS = 128
+LEAST_SLICE = 64
+
+
+@dataclass(frozen=True)
+class ATP:
+    """Tune for a domain and prune in one run."""
+
+    structural: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
+    reads: ClassVar[str] = "examples"
+    saves: ClassVar[str] = "checkpoint"
+    paper: ClassVar[str] = "arXiv 2412.14426"
+
+    sparsity: float = option(0.4, "fraction of the prunable parameters to remove, in [0, 1)", "paper: 40 %")
+    units: str = option(
+        "groups+channels",
+        "groups+channels: whole KV groups, loads everywhere; head-dims+channels: inside heads, as in the paper",
+        OURS,
+    )
+    shape: str = option("heterogeneous", "heterogeneous: layers differ in width; uniform: all alike", OURS)
+    mask: str = option(
+        "learned", "learned; or a baseline on the same data and steps: taylor, random, none (dense LoRA)", OURS
+    )
+    steps: int | None = option(None, "optimiser steps of LoRA; none: max(epochs, 500 steps)", OURS)
+    epochs: float = option(2.0, "passes over the training rows, where steps is not given", CODE)
+    batch_size: int | None = option(None, "rows per micro-batch; none: 20 from 5,000 rows on, else rows / 250", OURS)
+    accumulate: int = option(1, "micro-batches per optimiser step", OURS)
+    seq_len: int = option(512, "tokens per row; prompts are cut to fit, responses never", OURS)
+    template: str = option("plain", "plain, or chat: the tokenizer's own chat template", OURS)
+    loss_on: str = option("full", "full: prompt and response; response: the response alone", CODE)
+    lora_rank: int = option(8, "rank r of the adapters", CODE)
+    lora_alpha: int | None = option(None, "the adapters' product is scaled by alpha / r; none: r", CODE)
+    lora_dropout: float = option(0.1, "on the adapters' input", CODE)
+    lr: float = option(1e-4, "learning rate of LoRA, constant", CODE)
+    weight_decay: float = option(0.01, "of LoRA", CODE)
+    clip: float = option(1.0, "largest gradient norm of LoRA; 0 does not clip", CODE)
+    generator_lr: float = option(1e-3, "learning rate of the generator", CODE)
+    generator_weight_decay: float = option(0.01, "of the generator", "AdamW's default in the authors' code")
+    generator_clip: float = option(3.0, "largest gradient norm of the generator", CODE)
+    generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
+    group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
+    temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
+    offset: float = option(3.0, "added to every logit: the run starts dense", CODE)
+    mask_in_loss: str = option("soft", "what masks the model in the generator's step: soft, or hard", CODE)
+    slice_rows: int | None = option(None, "training rows for the generator; none: a tenth, at least 64", OURS)
+    alpha: float = option(5.0, "weight of the budget term", CODE)
+    beta: float = option(0.3, "weight of the group lasso in the control phase", CODE)
+    control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
+    control_fraction: float = option(0.5, "part of the steps in which the mask may change", CODE)
+    final_mask: str = option("topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS)
+    zeroing: str = option("proximal", "proximal: gradual, exact; beta: lasso of weight beta_last; immediate", OURS)
+    beta_last: float = option(1000.0, "weight of the lasso in the frozen phase, zeroing=beta", CODE)
+    shrink: float = option(4.0, "proximal: how much faster rows shrink at the end of the ramp", OURS)
+    ramp: float = option(0.3, "proximal: part of the frozen phase until every dropped row is zero", OURS)
+    round_channels: int = option(32, "keep channels in steps of this", OURS)
+    round_pairs: int = option(4, "keep rotary pairs in steps of this", OURS)
+    round_values: int = option(8, "keep value coordinates in steps of this", OURS)
+    eval_every: int | None = option(None, "frozen steps between measurements; none: ten in the phase", OURS)
+    eval_rows: int = option(64, "held-out rows of one measurement", OURS)
+    patience: int = option(3, "stop after so many measurements without a better one; 0: never", OURS)
+    heal_steps: int = option(0, "steps of distillation from a dense model tuned alike, which is trained first", OURS)
+    heal_weight: float = option(0.5, "of the KL term, against 1 - it of the cross-entropy", OURS)
+    heal_temperature: float = option(2.0, "softens both distributions inside the KL term", OURS)
+    precision: str = option("auto", "fp32, bf16 (base in bf16, LoRA in fp32), or auto: bf16 where the device has it")
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
+    save_every: int = option(50, "optimiser steps between checkpoints of the run")
+    log: str | None = option(None, "a file for one JSON line per step")
+    seed: int = option(0, "first values, noise, slice and order of rows")
+
+    # --- what the house asks of a structural method ---------------------------------------------------------------
+
+    @property
+    def resolved_granularity(self) -> str:
+        return "heads+channels" if self.units == "groups+channels" else "qk_pairs+v_dims+channels"
+
+    def units_of(self, model: nn.Module) -> Units:
+        return wiring.units_of(model, self.units)
+
+    def remove(self, model: nn.Module, units: Units, keep_U: Tensor) -> None:
+        wiring.remove(model, units, keep_U)
+
+    def select(self, score_U: Tensor, units: Units, scope: str = "global") -> Tensor:
+        """The final choice, for any scores; refuses a budget that the floors do not allow."""
+        if self.mask == "none":
+            return torch.ones(len(units), dtype=torch.bool)
+        floors = self._floors(units)
+        selection.check_reachable(units, self.sparsity, floors)
+        choose = selection.uniform if self.shape == "uniform" else selection.top_k
+        return choose(score_U, units, self.sparsity, floors)
+
+    def read(self, spec: Any, text_field: str) -> Examples:
+        """Rows of prompts and responses; a row of the test part is not learned, nor is its prompt's copy elsewhere."""
+        return load_rows(spec, kind="response", make=prompts.make_row)
+
+    def head(self, rows: Examples) -> dict[str, Any]:
+        return {}
+
+    def check(self) -> None:
+        """Refuse what cannot work, before any model is loaded.
+
+        Raises:
+            ValueError: which field, what was expected.
+        """
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity is the part of the prunable parameters removed, in [0, 1); got {self.sparsity}")
+        for name, known in (
+            ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
+            ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
+            ("mask_in_loss", ("soft", "hard")), ("precision", ("auto", "fp32", "bf16")),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.units == "head-dims+channels" and self.shape == "uniform":
+            raise ValueError(
+                "a plain architecture would recompute RoPE frequencies and attention scale for the new head size; use "
+                "shape heterogeneous"
+            )
+        positive = ("accumulate", "lora_rank", "lr", "generator_lr", "temperature", "control_every", "round_channels",
+                    "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature")  # fmt: skip
+        for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0; got {value}")
+        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a fraction, from 0 to 1; got {getattr(self, name)}")
+        if self.mask == "learned" and not 0 < self.control_fraction < 1:
+            raise ValueError(
+                f"control_fraction is {self.control_fraction}; a learned mask needs steps of both phases, so a number "
+                "between 0 and 1"
+            )
+        if self.seq_len < 8:
+            raise ValueError(f"seq_len is {self.seq_len}; a prompt and its response need at least 8 tokens")
+        for name in ("alpha", "beta", "beta_last", "shrink", "heal_steps", "patience", "group_lr_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
+
+    # --- the method -----------------------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        model: Any,
+        tokenizer: Any,
+        examples: Examples,
+        *,
+        workdir: Path | None = None,
+        report: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Tune and prune `model` in place.
+
+        Args:
+            examples: rows of `sentei.data.prompts`, as `sentei.data.examples.load` splits them; `test` is not read.
+            workdir: checkpoints of the run go here, and one found here is continued.
+            report: called after each optimiser step.
+        Returns:
+            the record: "kept", parameters removed, "freeze" (how the final mask was found), "zeroing", "verified" (the
+            largest difference between the cut model and the masked one), tokens, seconds, "history", "seen_prompts".
+        Raises:
+            ValueError: a field, the rows, the model or the budget cannot work; a loss that is not finite; a cut model
+                that differs from the masked one. The model is as it was then, but for the last.
+        """
+        began = time.monotonic()
+        self.check()
+        units = self.units_of(model)
+        floors = self._floors(units)
+        self.select(torch.zeros(len(units)), units)
+        data, counts = self._data(tokenizer, examples)
+        before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+        sizes = structure.layer_parameters(model), structure.total_parameters(model)
+        _refuse_sharding()
+        if report is not None:
+            report({"message": self._in_words(units, sizes[1], data)})
+        device = next(model.parameters()).device
+        if processes().num_processes > 1:
+            device = torch.device(processes().device)  # pyright: ignore[reportArgumentType]
+        model.to(device).eval()
+        precision = resolve_precision(self.precision, device)
+        if precision == "fp32":  # 16-bit products are slow on such a device, and these casts are exact both ways
+            _cast(model, torch.float32)
+        rows = wiring.wire(model, units)
+        self._adapt(model, rows)
+        book = wiring.MaskBook(model, units, rows)
+        run: Tuning | None = None
+        try:
+            wiring.probe(model, units, rows, book, torch.tensor([data.train.ids[0][:16]]))
+            if self.heal_steps and self.mask == "learned":
+                self._tune_teacher(model, units, floors, rows, book, data, precision, workdir, report)
+            run = Tuning(
+                self, model, units, floors, book, wiring.Adapters(model, units, rows), data, precision, workdir, report
+            )
+            account = run.run()
+            keep_U = run.state["keep"]
+            if self.heal_steps and self.mask == "learned":
+                account["heal"] = self._heal(run, model, book, report)
+            _cast(model, torch.float32)  # merged and compared in full precision, rounded once
+            dropped = self.mask != "none"
+            checks = [torch.tensor([ids[:VERIFY_TOKENS]], device=device) for ids in data.train.ids[:8]]
+            with book.using("full" if dropped else "off", keep_U.float().to(device)):
+                expected = _logits(model, checks)
+        except BaseException:
+            book.remove()
+            wiring.unwrap(model, rows, merge=False)
+            _restore(model, before)
+            raise
+        book.remove()
+        wiring.unwrap(model, rows, merge=True)
+        self.remove(model, units, keep_U)
+        difference = _compare(_logits(model, checks), expected)
+        _restore(model, before)
+        rounded = _compare(_logits(model, checks), expected, limit=math.inf)
+        after = structure.layer_parameters(model), structure.total_parameters(model)
+        for alarm in account["warnings"]:
+            warnings.warn(alarm, stacklevel=2)
+        removed = units.removed_parameters(keep_U)
+        return {
+            "kept": structure.kept(units, keep_U),
+            "compensate": "none",
+            "asked_sparsity": self.sparsity if dropped else 0.0,
+            "prunable_parameters": units.total,
+            "removed_parameters": sizes[1] - after[1],
+            "removed_of_prunable": removed / units.total,
+            "removed_of_layers": 1 - after[0] / sizes[0],
+            "removed_of_model": 1 - after[1] / sizes[1],
+            "cut_against_masked": difference,
+            "cast_against_masked": rounded,
+            "precision": precision,
+            "processes": processes().num_processes,
+            "batch_size": data.batch_size,
+            **counts,
+            **account,
+            "seconds": time.monotonic() - began,
+            "seen_prompts": prompts.seen([*examples.train, *examples.validation]),
+        }
+
+    def _in_words(self, units: Units, total: int, data: Data) -> str:
+        """Sparsity is what goes, not what stays: said before the work begins."""
+        rows = (
+            f"{data.steps} steps of {data.batch_size} rows, {len(data.train)} for LoRA, {len(data.slice)} for the mask"
+        )
+        if self.mask == "none":
+            return f"tuning, nothing is removed: {rows}"
+        gone = self.sparsity * units.total
+        return (
+            f"removing {self.sparsity:.0%} of {units.total:,} parameters ({self.units}), {gone / total:.1%} of "
+            f"the model: {rows}"
+        )
+
+    def _floors(self, units: Units) -> selection.Floors:
+        return selection.Floors.of(units, self.round_channels, self.round_pairs, self.round_values)
+
+    def _data(self, tokenizer: Any, examples: Examples) -> tuple[Data, dict[str, Any]]:
+        """Rows as tokens in three parts, batch size and steps."""
+        template = prompts.Template(tokenizer, self.template)
+        rows = examples.train
+        size = self._slice_size(len(rows))
+        rest, held = prompts.hold_out(rows, size, self.seed) if size else (list(range(len(rows))), [])
+        train = prompts.encode([rows[i] for i in rest], template, self.seq_len)
+        slice = prompts.encode([rows[i] for i in held], template, self.seq_len)
+        validation = prompts.encode(examples.validation, template, self.seq_len)
+        if not len(train) or (size and not len(slice)):
+            raise ValueError(f"{len(rows)} rows leave nothing to train on; add rows, or raise seq_len")
+        batch_size = self.batch_size or (20 if len(rest) >= 5000 else max(4, len(rest) // 250))
+        per_step = batch_size * self.accumulate * processes().num_processes
+        steps = self.steps or max(math.ceil(self.epochs * len(train) / per_step), 500)
+        parts = (train.ids, slice.ids, validation.ids)
+        fingerprint = hashlib.sha256(repr((parts, steps, batch_size)).encode()).hexdigest()
+        held_out = validation if len(validation) else slice if len(slice) else train
+        data = Data(train, slice, held_out, prompts.pad_id(tokenizer), self.loss_on, batch_size, steps, fingerprint)
+        counts = {
+            "rows": {"lora": len(train), "generator": len(slice), "validation": len(validation)},
+            "rows_dropped": train.dropped + slice.dropped + validation.dropped,
+            "prompts_cut": train.cut + slice.cut + validation.cut,
+            # The slice has chosen the mask, so its cross-entropy is optimistic, though LoRA never learned from it.
+            "best_chosen_on": "validation" if len(validation) else "slice" if len(slice) else "train",
+        }
+        return data, counts
+
+    def _slice_size(self, num_rows: int) -> int:
+        if self.mask != "learned" and self.slice_rows == 0:
+            return 0
+        least = LEAST_SLICE if self.slice_rows is None else self.slice_rows
+        if least < 1:
+            raise ValueError(f"slice_rows is {self.slice_rows}; a learned mask needs rows for the generator")
+        if num_rows < 3 * least:
+            raise ValueError(
+                f"{num_rows} rows: the generator needs a held-out slice of {least} and twice that for tuning. Add rows "
+                "or set slice_rows"
+            )
+        return least if self.slice_rows is not None else min(max(least, num_rows // 10), num_rows // 3)
+
+    def _adapt(self, model: nn.Module, rows: list[wiring.Row]) -> None:
+        wiring.adapt(
+            model,
+            rows,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha or self.lora_rank,
+            dropout=self.lora_dropout,
+            seed=self.seed,
+        )
+
+    def _tune_teacher(
+        self,
+        model: Any,
+        units: Units,
+        floors: selection.Floors,
+        rows: list[wiring.Row],
+        book: wiring.MaskBook,
+        data: Data,
+        precision: str,
+        workdir: Path | None,
+        report: Progress | None,
+    ) -> None:
+        """Tune the dense model on the same rows and steps, and keep the result as a second adapter, "teacher"."""
+        initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        dense = replace(self, mask="none", heal_steps=0, log=None)
+        folder = workdir / "teacher" if workdir else None
+        adapters = wiring.Adapters(model, units, rows)
+        Tuning(dense, model, units, floors, book, adapters, data, precision, folder, report).run()
+        tuned = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        wiring.add_adapter(model, rows, "teacher", rank=self.lora_rank, alpha=self.lora_alpha or self.lora_rank)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".default." in name:
+                    p.copy_(initial[name])
+                elif ".teacher." in name:
+                    p.copy_(tuned[name.replace(".teacher.", ".default.")])
+
+    def _heal(self, run: Tuning, model: Any, book: wiring.MaskBook, report: Progress | None) -> dict[str, Any]:
+        before, tokens = run.held_loss(), 0
+        teacher = Teacher(model, book, "teacher")
+        steps = tuning.heal(run, teacher, self.heal_steps, weight=self.heal_weight, temperature=self.heal_temperature)
+        for step in steps:
+            tokens = step.tokens
+            if report is not None:
+                report({"step": step.step, "of": self.heal_steps, "message": f"healing: ce {step.losses['ce']:.3f}"})
+        return {"steps": self.heal_steps, "tokens": tokens, "loss_before": before, "loss_after": run.held_loss()}
+
+
+def _refuse_sharding() -> None:
+    import os
+
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("ATP masks and cuts whole weights, which FSDP and DeepSpeed shard; use plain data parallelism")
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: rotary frequencies must not be rounded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _restore(model: nn.Module, before: dict[str, tuple[torch.dtype, bool]]) -> None:
+    for name, parameter in model.named_parameters():
+        dtype, requires_grad = before[name]
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = None
+
+
+@torch.no_grad()
+def _logits(model: Any, inputs: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Logits of each input, and in front of the first one's the output of every layer."""
+    model.eval()
+    found = []
+    for number, ids_BT in enumerate(inputs):
+        hidden: list[Tensor] = []
+        with ExitStack() as stack:
+            for layer in () if number else structure.layers(model):
+                keep = lambda module, args, output: hidden.append(output)  # noqa: B023, E731
+                stack.callback(layer.register_forward_hook(keep).remove)
+            logits = model(input_ids=ids_BT, use_cache=False).logits.float()
+        found.append((*hidden, logits))
+    return found
+
+
+def _compare(cut: list[tuple[Tensor, ...]], masked: list[tuple[Tensor, ...]], limit: float = VERIFY_TOLERANCE) -> float:
+    """Largest difference of the logits, relative to logits above 1.
+
+    Raises:
+        ValueError: above the limit; says from which layer on.
+    """
+    pairs = [(a[-1], b[-1]) for a, b in zip(cut, masked, strict=True)]
+    difference = max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
+    if not difference <= limit:
+        layers = [float((a.float() - b.float()).abs().max()) for a, b in zip(cut[0], masked[0], strict=True)]
+        first = next((i for i, d in enumerate(layers[:-1]) if not d <= limit), len(layers) - 1)
+        raise ValueError(
+            f"cut and masked model differ by {difference:.2g} (limit {limit:g}), first at layer {first}; "
+            "the state of the run is kept, no final model was written"
+        )
+    return difference

@@ -1,0 +1,670 @@
+"""The loop: two updates in turn on two slices of the data, the freeze, the zeros, and tuning of what stays.
+
+Shape legend: U units, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import broadcast, gather, reduce
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from sentei import structure
+from sentei.data import prompts
+from sentei.distill import Distillation
+from sentei.methods import Progress
+from sentei.methods.atp import generator as decisions
+from sentei.methods.atp import selection
+from sentei.methods.atp.wiring import Adapters, MaskBook
+from sentei.structure import KINDS, Units
+from sentei.train import (
+    IGNORE,
+    Batch,
+    Batches,
+    Settings,
+    Step,
+    autocast,
+    mix,
+    processes,
+    recompute_activations,
+    shuffled,
+    train,
+)
+
+if TYPE_CHECKING:
+    from sentei.methods.atp import ATP
+
+MOST_HISTORY = 400  # entries in the record; the log file has every step
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows as tokens: LoRA learns on `train`, the generator on `slice`; `held` chooses the best weights at the end."""
+
+    train: prompts.Encoded
+    slice: prompts.Encoded
+    held: prompts.Encoded
+    pad: int
+    loss_on: str
+    batch_size: int
+    steps: int
+    fingerprint: str
+
+    def batches(self, of: prompts.Encoded, seed: int) -> Batches:
+        rows = torch.arange(len(of))[:, None]
+        return shuffled(rows, self.batch_size, seed=seed, make=lambda chosen, n: self.batch(of, chosen[:, 0].tolist()))
+
+    def batch(self, of: prompts.Encoded, chosen: list[int]) -> Batch:
+        return prompts.collate(of, chosen, pad=self.pad, loss_on=self.loss_on)
+
+
+class Tuning:
+    """A run under way. Everything that changes is in the parameters, the optimisers and `state`, which are saved."""
+
+    def __init__(
+        self,
+        method: ATP,
+        model: Any,
+        units: Units,
+        floors: selection.Floors,
+        book: MaskBook,
+        adapters: Adapters,
+        data: Data,
+        precision: str,
+        workdir: Path | None,
+        report: Progress | None,
+    ):
+        self.method, self.model, self.units, self.floors = method, model, units, floors
+        self.book, self.adapters, self.data = book, adapters, data
+        self.precision, self.workdir, self.report = precision, workdir, report
+        self.device = next(model.parameters()).device
+        self.processes = processes()
+        learned = method.mask == "learned"
+        self.control_steps = round(method.control_fraction * data.steps) if learned else 0
+        self.frozen_steps = data.steps - self.control_steps
+        gradual = learned and method.zeroing == "proximal"
+        self.ramp = math.ceil(method.ramp * self.frozen_steps) if gradual else 0
+        self.eval_every = method.eval_every or max(1, self.frozen_steps // 10)
+        self.generator = decisions.Generator(units, seed=method.seed)
+        groups = [
+            {"params": [p], "lr_scale": method.group_lr_scale if name == "heads.heads" else 1.0}
+            for name, p in self.generator.named_parameters()
+        ]
+        self.generator_optimizer = torch.optim.AdamW(
+            groups, lr=method.generator_lr, weight_decay=method.generator_weight_decay
+        )
+        self.slice_batches = data.batches(data.slice, mix(method.seed, "slice")) if learned else None
+        self.state: dict[str, Any] = {
+            "phase": "control" if self.control_steps else "frozen",
+            "keep": torch.ones(len(units), dtype=torch.bool),
+            "history": [],
+            "last": {},
+            "flips": [],
+            "budget": [],
+            "slice_tokens": 0,
+            "generator_seconds": 0.0,
+            "best": None,
+            "best_loss": None,
+            "best_step": None,
+            "without_better": 0,
+            "freeze": {},
+            "zeroing": {},
+            "peak_lasso": 0.0,
+        }
+        self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._loaded, self._cut_log = True, False
+        # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
+        self._live = method.zeroing == "beta" and self.control_steps > 0
+
+    # --- the run --------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Both phases; leaves the tuned adapters, zero in dropped rows, and the mask in `state["keep"]`."""
+        folder, method = self.workdir, self.method
+        resuming = folder is not None and (folder / "train.pt").exists()
+        self._loaded, self._cut_log = not resuming, resuming
+        settings = Settings(
+            lr=method.lr,
+            steps=self.data.steps,
+            final_lr=1.0,
+            warmup=0.0,
+            weight_decay=method.weight_decay,
+            betas=(0.9, 0.999),
+            clip=method.clip,
+            accumulate=method.accumulate,
+            precision=method.precision,
+            checkpointing=method.checkpointing,
+            save_every=method.save_every,
+            patience=1,
+            seed=method.seed,
+        )
+        if method.checkpointing:  # the generator's first step comes before the loop that would switch it on
+            recompute_activations(self.model)
+        with self.book.using("off" if method.mask == "none" else "base", self._mask()):
+            if not resuming:
+                self._begin()
+            steps = train(
+                self.model,
+                self.data.batches(self.data.train, method.seed),
+                self._lora_loss,
+                settings,
+                folder=folder,
+                state=self.state,
+                fingerprint=repr((asdict(method) | {"log": None, "save_every": 0}, self.data.fingerprint)),
+            )
+            try:
+                with closing(steps):
+                    for step in steps:
+                        if self._after(step):
+                            break
+            except ValueError as error:
+                if "not finite" in str(error):
+                    raise ValueError(self._not_finite(str(error))) from error
+                raise
+            finally:
+                self.adapters.unlock()
+        return self._finish()
+
+    def _begin(self) -> None:
+        if self.control_steps:
+            self._decide(0)
+        elif self.method.mask in ("taylor", "random"):
+            self._set_mask(self._fixed_mask())
+            self.adapters.zero(self.state["keep"])
+            self.adapters.lock(self._keep())
+
+    def _lora_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy with the base masked and the adapters free, plus the pull on dropped rows."""
+        if not self._loaded:
+            self._restore()
+        self.book.mask_U = self._mask()
+        found = Distillation()(model, batch)
+        beta = self._beta()
+        if not beta:
+            return {"loss": found["loss"], "ce": found["ce"]}
+        lasso = self.adapters.lasso(self.book.mask_U)
+        return {"loss": found["loss"] + beta * lasso, "ce": found["ce"], "lasso": lasso}
+
+    def _beta(self) -> float:
+        if self.state["phase"] == "control":
+            return self.method.beta
+        return self.method.beta_last if self._live else 0.0
+
+    def _after(self, step: Step) -> bool:
+        """What comes between two LoRA steps; True when it is time to stop."""
+        state, stop = self.state, False
+        if self._cut_log:
+            self._cut_log = False
+            self._forget_lines(step.step)
+        entry: dict[str, Any] = {"step": step.step, "phase": state["phase"], "ce": step.losses["ce"]}
+        if state["phase"] == "control":
+            entry |= state["last"] | {"lasso": self.adapters.level(self._mask())}
+            state["peak_lasso"] = max(state["peak_lasso"], entry["lasso"])
+        entry |= {"lora_tokens": step.tokens, "slice_tokens": state["slice_tokens"], "seconds": step.seconds}
+        if state["phase"] == "control":
+            if step.step >= self.control_steps:
+                self._freeze(step.step)
+            elif step.step % self.method.control_every == 0:
+                self._decide(step.step)
+        else:
+            stop = self._frozen(step, entry)
+            if self.method.mask != "none":
+                entry["lasso"] = self.adapters.level(self._mask())
+        if self.control_steps:
+            state["generator"] = self.generator.state_dict()
+            state["generator_optimizer"] = self.generator_optimizer.state_dict()
+        every = math.ceil(self.data.steps / MOST_HISTORY)
+        if step.step % every == 0 or stop or step.step == self.data.steps or "validation_ce" in entry:
+            state["history"].append(entry)
+        self._log(entry)
+        if self.report is not None:
+            self.report(self._progress(step, entry))
+        return stop
+
+    def _restore(self) -> None:
+        """The generator and the locks, at the first forward after `train` has filled `state` from a checkpoint."""
+        self._loaded = True
+        if "generator" in self.state:
+            self.generator.load_state_dict(self.state["generator"])
+            self.generator_optimizer.load_state_dict(self.state["generator_optimizer"])
+        if self.state["phase"] == "frozen" and self.method.mask != "none" and not self._live:
+            self.adapters.lock(self._keep())
+
+    # --- the generator's step -------------------------------------------------------------------------------------
+
+    def _decide(self, step: int) -> None:
+        """One step of the generator on its own slice, then a hard mask for the LoRA steps that follow."""
+        begun, method = time.monotonic(), self.method
+        late = step >= 0.8 * self.control_steps
+        for group in self.generator_optimizer.param_groups:
+            drop = method.generator_lr_drop if late else 1.0
+            group["lr"] = method.generator_lr * drop * group["lr_scale"]
+        self.generator.train()
+        with torch.random.fork_rng([]):
+            torch.manual_seed(mix(method.seed, "generator dropout", step))
+            logits_U = self.generator()
+        noise_U = decisions.gumbel(len(self.units), method.seed, "generator", step)
+        soft_U, hard_U = decisions.binarise(logits_U, noise_U, method.temperature, method.offset)
+        forward_U = hard_U if method.mask_in_loss == "hard" else soft_U
+        ce, gradient_U, tokens = self._mask_gradient(self._shared(forward_U.detach()), step)
+        cost_U = self.units.cost_U.float()
+        kept = (hard_U * cost_U).sum() / cost_U.sum()
+        price = decisions.budget_loss(kept, 1 - method.sparsity)
+        # The chain rule in two parts: what the model says about the mask, then what the mask says about the network.
+        loss = (forward_U * gradient_U).sum() + method.alpha * price
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.generator.parameters(), method.generator_clip or math.inf)
+        if not (math.isfinite(ce) and bool(torch.isfinite(norm))):
+            raise ValueError(self._not_finite(f"cross-entropy {ce} on the generator's slice, step {step}"))
+        self.generator_optimizer.step()
+        before_U = self.state["keep"]
+        keep_U, sampled = self._sample(step)
+        flips = {
+            kind: int((keep_U != before_U)[self.units.kind_U == KINDS.index(kind)].sum())
+            for kind in self.units.granularity
+        }
+        self._set_mask(keep_U)
+        if step % 50 == 0:
+            self._check_ranks()
+        state = self.state
+        state["flips"].append(sum(flips.values()))
+        state["budget"].append(float(price.detach()))
+        state["slice_tokens"] += tokens
+        state["generator_seconds"] += time.monotonic() - begun
+        state["last"] = {
+            "slice_ce": ce,
+            "budget_loss": float(price.detach()),
+            "kept": sampled,
+            "wanted_kept": 1 - method.sparsity,
+            "flips": sum(flips.values()),
+            **{f"flips_{kind}": count for kind, count in flips.items()},
+            **{
+                f"kept_{kind}": float(keep_U[self.units.kind_U == KINDS.index(kind)].float().mean())
+                for kind in self.units.granularity
+            },
+        }
+
+    def _mask_gradient(self, mask_U: Tensor, step: int) -> tuple[float, Tensor, int]:
+        """Cross-entropy of the slice's next batches under a mask, and its gradient with respect to the mask, [U].
+
+        The model is called unwrapped, with dropout off, and no parameter gets a gradient.
+        """
+        assert self.slice_batches is not None
+        method, world, rank = self.method, self.processes.num_processes, self.processes.process_index
+        first = step // method.control_every * method.accumulate * world
+        numbers = range(first + rank, first + method.accumulate * world, world)
+        micro = [{name: x.to(self.device) for name, x in self.slice_batches(n).items()} for n in numbers]
+        counts = [int((batch["targets"] != IGNORE).sum()) for batch in micro]
+        total = int(self._sum(torch.tensor(float(sum(counts)))))
+        leaf_U = mask_U.to(self.device).requires_grad_()
+        gradient_U, ce = torch.zeros(len(mask_U)), torch.zeros(())
+        with self._inference_mode_of_modules():
+            for batch, count in zip(micro, counts, strict=True):
+                with self.book.using("full", leaf_U):
+                    with autocast(self.precision, self.device):
+                        found = Distillation()(self.model, batch)
+                    (grad_U,) = torch.autograd.grad(found["loss"] * (count / total), leaf_U)
+                gradient_U += grad_U.float().cpu()
+                ce += found["ce"].float().cpu() * (count / total)
+        return float(self._sum(ce)), self._sum(gradient_U), total
+
+    @contextmanager
+    def _inference_mode_of_modules(self) -> Iterator[None]:
+        """Dropout off; yet transformers recomputes activations in blocks that are in train mode only."""
+        was_training = self.model.training
+        self.model.eval()
+        if self.method.checkpointing:
+            for layer in structure.layers(self.model):
+                layer.training = True
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _sample(self, step: int) -> tuple[Tensor, float]:
+        """A hard mask without the network's dropout and with fresh noise, and the fraction of parameters it keeps."""
+        logits_U = self.generator.logits()
+        noise_U = decisions.gumbel(len(self.units), self.method.seed, "sample", step)
+        soft_U, _ = decisions.binarise(logits_U, noise_U, self.method.temperature, self.method.offset)
+        keep_U = selection.revive(soft_U >= 0.5, logits_U, self.units, self.floors)
+        keep_U = self._shared(keep_U.to(torch.uint8)).bool()
+        return keep_U, self._fraction(keep_U)
+
+    # --- the freeze, and what follows -----------------------------------------------------------------------------
+
+    def _freeze(self, step: int) -> None:
+        """The final mask, and how it differs from what the run has trained with."""
+        method, units, state = self.method, self.units, self.state
+        logits_U = self.generator.logits()
+        probability_U = decisions.keep_probability(logits_U, method.offset)
+        threshold_U = selection.revive(probability_U >= 0.5, logits_U, units, self.floors)
+        if method.final_mask == "last_sample":
+            keep_U = state["keep"]
+        elif method.final_mask == "threshold":
+            keep_U = threshold_U
+        elif method.shape == "uniform":
+            keep_U = selection.uniform(logits_U, units, method.sparsity, self.floors)
+        else:
+            keep_U = selection.top_k(logits_U, units, method.sparsity, self.floors)
+        keep_U = self._shared(keep_U.to(torch.uint8)).bool()
+        undecided_U = (probability_U > 0.05) & (probability_U < 0.95)
+        fifth = max(1, len(state["flips"]) // 5)
+        early, late = sum(state["flips"][:-fifth][-fifth:]), sum(state["flips"][-fifth:])
+        state["freeze"] = {
+            "step": step,
+            "lasso": self.adapters.level(self._mask()),
+            "kept_before": self._fraction(threshold_U),
+            "kept_last_sample": self._fraction(state["keep"]),
+            "kept": self._fraction(keep_U),
+            "wanted": 1 - method.sparsity,
+            "misses_budget_by": self._fraction(keep_U) - (1 - method.sparsity),
+            "changed_against_last_sample": int((keep_U != state["keep"]).sum()),
+            "undecided": float(undecided_U.double().mean()),
+            "flips_fall": late <= early,
+        }
+        self._set_mask(keep_U)
+        state["phase"] = "frozen"
+        if method.zeroing == "immediate":
+            state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
+        if not self._live:
+            self.adapters.lock(self._keep())
+
+    def _frozen(self, step: Step, entry: dict[str, Any]) -> bool:
+        """Shrink dropped rows, lock those at zero; after the ramp measure on held-out rows."""
+        method, state = self.method, self.state
+        done = step.step - self.control_steps
+        keep_U = self._keep()
+        if method.mask != "none" and not self._live:
+            if done < self.ramp:
+                self.adapters.shrink(keep_U, step.lr * (1 + method.shrink * done / self.ramp))
+            else:  # also after the ramp: Adam's momentum moves rows whose gradient is masked
+                largest = self.adapters.zero(keep_U)
+                if done == max(self.ramp, 1):
+                    state["zeroing"].setdefault("largest_norm", largest)
+                    state["zeroing"]["forward_gap"] = gap = self.forward_gap()
+                    assert gap <= 1e-3 or self.precision != "fp32", f"the two forwards differ by {gap} after zeroing"
+            self.adapters.lock(keep_U)
+        if self._live or done < self.ramp or (done % self.eval_every and step.step < self.data.steps):
+            return False
+        loss = self.held_loss()
+        entry["validation_ce"] = loss
+        if state["best_loss"] is None or loss < state["best_loss"]:
+            best = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters() if p.requires_grad}
+            state.update(best=best, best_loss=loss, best_step=step.step, without_better=0)
+        else:
+            state["without_better"] += 1
+        return bool(method.patience) and state["without_better"] >= method.patience
+
+    @torch.no_grad()
+    def _finish(self) -> dict[str, Any]:
+        """The best adapters put back, every dropped row zero."""
+        state, keep_U = self.state, self._keep()
+        if self._live:
+            state["zeroing"]["forward_gap_before"] = self.forward_gap()
+            state["zeroing"]["largest_norm"] = self.adapters.zero(keep_U)
+        if state["best"] is not None:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(state["best"][name])
+        self.adapters.zero(keep_U)
+        last = state["history"][-1] if state["history"] else {}
+        return {
+            "steps": last.get("step", 0),
+            "lora_tokens": last.get("lora_tokens", 0),
+            "slice_tokens": state["slice_tokens"],
+            "generator_seconds": state["generator_seconds"],
+            "best_step": state["best_step"],
+            "validation_loss": state["best_loss"],
+            "freeze": state["freeze"],
+            "zeroing": state["zeroing"],
+            "warnings": self._alarms(),
+            "history": state["history"],
+        }
+
+    def _alarms(self) -> list[str]:
+        """How this run differs from a healthy one: what to mend before its result is trusted."""
+        state, freeze, method = self.state, self.state["freeze"], self.method
+        if not freeze:
+            return []
+        alarms = []
+        if abs(freeze["kept_before"] - freeze["wanted"]) > 0.02:
+            alarms.append(
+                f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, "
+                f"{freeze['wanted']:.3f} were wanted: logits that were not trained far enough decide the rest. Give "
+                "more steps, or raise generator_lr"
+            )
+        if not any(price < 0.01 for price in state["budget"][: max(1, math.ceil(0.4 * len(state["budget"])))]):
+            alarms.append("the budget was not met within 40 % of the control phase: give more steps")
+        if self.control_steps < 200:
+            alarms.append(f"{self.control_steps} control steps are few; the authors' runs met the budget after 150")
+        if not freeze["flips_fall"]:
+            alarms.append("units still changed sides as often in the last fifth of the control phase as before it")
+        if freeze["undecided"] > 0.02:
+            alarms.append(f"{freeze['undecided']:.1%} of the units were undecided at the freeze (healthy: below 2 %)")
+        last = freeze["lasso"]
+        if last > 0.1 * state["peak_lasso"]:
+            alarms.append(
+                f"the lasso ended the control phase at {last / state['peak_lasso']:.0%} of its peak: rows of dropped "
+                "units still work; raise beta or give more steps"
+            )
+        if method.final_mask != "topk" and abs(freeze["misses_budget_by"]) > 0:
+            alarms.append(f"final_mask={method.final_mask} misses the budget by {freeze['misses_budget_by']:+.2%}")
+        return alarms
+
+    @torch.no_grad()
+    def forward_gap(self) -> float:
+        """Largest difference of the logits between the two masked forwards, dropout off."""
+        batch = self.data.batch(self.data.train, [0])
+        inputs = {name: x.to(self.device) for name, x in batch.items() if name != "targets"}
+        was_training = self.model.training
+        self.model.eval()
+        logits = {}
+        for mode in ("base", "full"):
+            with self.book.using(mode, self._mask()), autocast(self.precision, self.device):
+                logits[mode] = self.model(**inputs, use_cache=False).logits.float()
+        self.model.train(was_training)
+        return float((logits["base"] - logits["full"]).abs().max())
+
+    @torch.no_grad()
+    def held_loss(self) -> float:
+        """Mean cross-entropy of the held-out rows as the cut model would have it, nats per target."""
+        total = count = 0.0
+        was_training = self.model.training
+        self.model.eval()
+        rows = list(range(min(len(self.data.held), self.method.eval_rows)))
+        with self.book.using("off" if self.method.mask == "none" else "full", self._mask()):
+            for start in range(0, len(rows), self.data.batch_size):
+                batch = self.data.batch(self.data.held, rows[start : start + self.data.batch_size])
+                batch = {name: x.to(self.device) for name, x in batch.items()}
+                targets = int((batch["targets"] != IGNORE).sum())
+                with autocast(self.precision, self.device):
+                    total += float(Distillation()(self.model, batch)["ce"]) * targets
+                count += targets
+        self.model.train(was_training)
+        return float(self._shared(torch.tensor(total / max(count, 1), dtype=torch.double)))
+
+    def _fixed_mask(self) -> Tensor:
+        """The mask of the baselines: by Taylor scores of the untuned model, or by chance."""
+        units, method = self.units, self.method
+        if method.mask == "random":
+            score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(mix(method.seed, "random")))
+        else:
+            score_U = self.taylor()
+        if method.shape == "uniform":
+            return selection.uniform(score_U, units, method.sparsity, self.floors)
+        return selection.top_k(score_U, units, method.sparsity, self.floors, by_kind=True)
+
+    def taylor(self, num_batches: int = 10) -> Tensor:
+        """Sum over batches of |dCE/dm| at m = 1, on training rows, [U]."""
+        batches, score_U = self.data.batches(self.data.train, self.method.seed), torch.zeros(len(self.units))
+        leaf_U = torch.ones(len(self.units), device=self.device, requires_grad=True)
+        with self._inference_mode_of_modules():
+            for n in range(num_batches):
+                batch = {name: x.to(self.device) for name, x in batches(n).items()}
+                with self.book.using("full", leaf_U):
+                    with autocast(self.precision, self.device):
+                        loss = Distillation()(self.model, batch)["loss"]
+                    score_U += torch.autograd.grad(loss, leaf_U)[0].abs().float().cpu()
+        return self._sum(score_U)
+
+    # --- masks, processes, words ----------------------------------------------------------------------------------
+
+    def _set_mask(self, keep_U: Tensor) -> None:
+        self.state["keep"] = keep_U.cpu()
+        self.book.mask_U = self._mask()
+
+    def _keep(self) -> Tensor:
+        return self._mask() > 0
+
+    def _mask(self) -> Tensor:
+        """The hard mask on the model's device, as floats."""
+        if self._mask_of[0] is not self.state["keep"]:
+            self._mask_of = self.state["keep"], self.state["keep"].float().to(self.device)
+        assert self._mask_of[1] is not None
+        return self._mask_of[1]
+
+    def _fraction(self, keep_U: Tensor) -> float:
+        return int(self.units.cost_U[keep_U].sum()) / self.units.total
+
+    def _shared(self, tensor: Tensor) -> Tensor:
+        """What the first process has, on all of them: masks that differ would never let the lasso fall."""
+        if self.processes.num_processes == 1:
+            return tensor
+        moved = tensor.to(self.processes.device)
+        return broadcast(moved, from_process=0).to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        if self.processes.num_processes == 1:
+            return tensor
+        moved = tensor.to(self.processes.device)
+        return reduce(moved, "sum").to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _check_ranks(self) -> None:
+        if self.processes.num_processes == 1:
+            return
+        own = zlib.crc32(self.state["keep"].numpy().tobytes())
+        sums = gather(torch.tensor([own], device=self.processes.device))
+        different = [rank for rank, other in enumerate(sums.tolist()) if other != sums[0]]  # pyright: ignore
+        if different:
+            raise ValueError(f"the masks of the processes {different} differ from that of process 0; the run stops")
+
+    def _not_finite(self, what: str) -> str:
+        kept = f"; the last good state is in {self.workdir}" if self.workdir else ""
+        return f"{what} (phase {self.state['phase']}, {self.precision}){kept}"
+
+    def _progress(self, step: Step, entry: dict[str, Any]) -> dict[str, Any]:
+        words = [f"{entry['phase']}: ce {entry['ce']:.3f}"]
+        if "slice_ce" in entry:
+            words.append(f"slice {entry['slice_ce']:.3f}")
+            words.append(f"kept {entry['kept']:.3f} (want {entry['wanted_kept']:.3f})")
+            rates = (f"{kind} {entry[f'kept_{kind}']:.0%}" for kind in self.units.granularity)
+            words.append(", ".join(rates))
+            words.append(f"{entry['flips']} flips")
+        if "lasso" in entry:
+            words.append(f"lasso {entry['lasso']:.3g}")
+        if self.state["best_loss"] is not None:
+            words.append(f"held out {self.state['best_loss']:.3f}")
+        tokens = step.tokens + self.state["slice_tokens"]
+        words.append(f"{tokens / max(step.seconds, 1e-9):,.0f} tokens/s")
+        return {"step": step.step, "of": self.data.steps, "message": ", ".join(words)} | step.losses
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.method.log is None or not self.processes.is_main_process:
+            return
+        path = Path(self.method.log)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w" if entry["step"] == 1 else "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _forget_lines(self, step: int) -> None:
+        """Forget the lines of steps that a resumed run makes again."""
+        if self.method.log is None or not self.processes.is_main_process or not Path(self.method.log).exists():
+            return
+        path = Path(self.method.log)
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        kept = [line for line in lines if json.loads(line)["step"] < step]
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        part.replace(path)
+
+
+def heal(
+    tuning: Tuning, teacher: Callable[..., Any], steps: int, *, weight: float, temperature: float
+) -> Iterator[Step]:
+    """Distil the tuned dense model into the masked one; dropped rows stay zero.
+
+    Loss: (1 - weight) CE + weight t^2 KL(teacher || student) on the positions of the CE.
+
+    Args:
+        teacher: from `as_teacher`.
+    """
+    method, keep_U = tuning.method, tuning._keep()
+    settings = Settings(
+        lr=method.lr, steps=steps, final_lr=1.0, warmup=0.0, weight_decay=method.weight_decay, betas=(0.9, 0.999),
+        clip=method.clip, accumulate=method.accumulate, precision=method.precision, checkpointing=method.checkpointing,
+        save_every=method.save_every, seed=mix(method.seed, "heal") % 2**31,
+    )  # fmt: skip
+    folder = tuning.workdir / "heal" if tuning.workdir else None
+    tuning.adapters.lock(keep_U)
+    loss = Distillation(teacher, temperature, 1 - weight, weight)  # pyright: ignore[reportArgumentType]
+    batches = tuning.data.batches(tuning.data.train, settings.seed)
+    with tuning.book.using("full", keep_U.float()):
+        steps_made = train(
+            tuning.model, batches, loss, settings, folder=folder, fingerprint=repr(asdict(method) | {"log": None})
+        )
+        try:
+            with closing(steps_made):
+                for step in steps_made:
+                    tuning.adapters.zero(keep_U)
+                    yield step
+        finally:
+            tuning.adapters.unlock()
+    tuning.adapters.zero(keep_U)
+
+
+class Teacher(nn.Module):
+    """The dense model with its own adapter, on the same base weights: switched in for its forward passes only.
+
+    Looks to `Distillation` like a model: base model, head, configuration.
+    """
+
+    base_model_prefix = "switched"
+
+    def __init__(self, model: Any, book: MaskBook, adapter: str):
+        super().__init__()
+        self.__dict__.update(model=model, book=book, adapter=adapter)
+        self.config = model.config
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+        def switched(**inputs: Tensor) -> Any:
+            trained = {p: p.requires_grad for p in model.parameters()}
+            was_training = model.training
+            model.eval()
+            try:
+                for layer in layers:
+                    layer.set_adapter(adapter)
+                with book.using("off"):
+                    return structure.base_model(model)(**inputs)
+            finally:
+                for layer in layers:
+                    layer.set_adapter("default")
+                for parameter, requires in trained.items():
+                    parameter.requires_grad_(requires)
+                model.train(was_training)
+
+        self.__dict__["switched"] = switched
+
+    def get_output_embeddings(self) -> Any:
+        return self.__dict__["model"].get_output_embeddings()

@@ -1,0 +1,348 @@
+"""ATP from start to end on toys: budget, useless units, resuming bit for bit, and no trace left behind."""
+
+import copy
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import conftest
+import pytest
+import torch
+from conftest import tiny_model
+
+from sentei import cli, structure
+from sentei.data import prompts
+from sentei.data.examples import Examples
+from sentei.data.prompts import make_row
+from sentei.distill import Distillation
+from sentei.methods.atp import ATP, selection, wiring
+from sentei.train import Settings, shuffled, train
+
+TOY = {
+    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+SHORT = {
+    "steps": 12, "batch_size": 4, "slice_rows": 8, "seq_len": 40, "round_channels": 4, "lr": 1e-3,
+    "generator_lr": 1e-2, "eval_rows": 8, "eval_every": 2, "patience": 0, "lora_rank": 4,
+}  # fmt: skip
+ROOT = Path(__file__).parents[1]
+# Toy runs are too short to converge, which ATP says.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(the freeze|its peak|steps are few|was not met|changed sides|misses the)"
+)
+
+
+def rows(count, start=0):
+    made = [make_row({"prompt": f"say {i}", "response": f"{i} {i}"}, "") for i in range(start, start + count)]
+    return [{name: value for name, value in row.items() if name != "key"} for row in made]
+
+
+class Secret(list):
+    def __iter__(self):
+        raise AssertionError("ATP looked at the test rows")
+
+    __getitem__ = __len__ = __iter__
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return Examples("response", rows(40), rows(8, 100), Secret(), None, "numbers", "0" * 64)
+
+
+def toy(seed=0, **sizes):
+    return tiny_model("llama", seed=seed, **TOY | sizes)
+
+
+def short(**fields):
+    return ATP(**SHORT | fields)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(record):
+    """A record without what differs between two runs of the same computation."""
+    record = copy.deepcopy(record)
+    for entry in (record, *record["history"]):
+        for name in ("seconds", "generator_seconds"):
+            entry.pop(name, None)
+    return record
+
+
+def assert_plain(model):
+    assert all(type(module).__module__.split(".")[0] != "peft" for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert "peft_config" not in vars(model) and not model.training
+
+
+@pytest.fixture(scope="module")
+def taught(examples):
+    """A toy that has learned the rows: only then does the loss say which units matter."""
+    words = conftest.words.__wrapped__()
+    model = toy()
+    encoded = prompts.encode(examples.train, prompts.Template(words), 40)
+    make = lambda chosen, n: prompts.collate(encoded, chosen[:, 0].tolist(), pad=0)  # noqa: E731
+    batches = shuffled(torch.arange(len(encoded))[:, None], 8, seed=0, make=make)
+    list(train(model, batches, Distillation(), Settings(lr=1e-2, steps=150)))
+    return model.eval()
+
+
+@pytest.mark.parametrize("space", [wiring.SPACES[0], pytest.param(wiring.SPACES[1], marks=pytest.mark.slow)])
+def test_meets_the_budget_finds_the_useless_and_empties_the_dropped(space, words, examples, taught, monkeypatch):
+    model = copy.deepcopy(taught)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::4] = 0  # ten useless channels of forty
+    chosen = {}
+    top_k = selection.top_k
+
+    def look(logits, units, *rest, **more):
+        chosen.update(logits=logits, units=units, keep=top_k(logits, units, *rest, **more))
+        return chosen["keep"]
+
+    monkeypatch.setattr(selection, "top_k", look)
+    fields = {"steps": 120, "control_fraction": 0.8, "lr": 1e-4, "alpha": 1.0, "round_pairs": 1, "round_values": 1}
+    fields |= {"round_channels": 1, "batch_size": 2, "eval_every": 12}
+    record = short(units=space, sparsity=0.3, **fields).compress(model, words, examples)
+    units, keep, logits = chosen["units"], chosen["keep"], chosen["logits"]
+    kept = int(units.cost_U[keep].sum()) / units.total
+    assert abs(record["freeze"]["kept_before"] - 0.7) < 0.05  # the generator came to the budget by itself
+    assert 0.7 - int(units.cost_U.min()) / units.total < kept <= 0.7
+    assert record["removed_of_prunable"] == pytest.approx(1 - kept)
+    useless = torch.zeros(len(units), dtype=torch.bool)
+    for layer in range(2):
+        useless[units.of(layer, "channels")[::4]] = True
+    assert logits[useless].mean() < logits[units.kind_U == 1].median()
+    assert record["zeroing"]["forward_gap"] <= 1e-5 and record["cut_against_masked"] <= 1e-4
+    assert record["history"][-1]["lasso"] == 0.0
+    losses = [entry["validation_ce"] for entry in record["history"] if "validation_ce" in entry]
+    assert record["validation_loss"] == min(losses)
+    assert_plain(model)
+
+
+def test_same_seed_same_model(words, examples):
+    first, again, other = toy(), toy(), toy()
+    records = [short(seed=seed).compress(m, words, examples) for m, seed in ((first, 0), (again, 0), (other, 1))]
+    assert records[0]["kept"] == records[1]["kept"] and same(weights(first), weights(again))
+    assert not same(weights(first), weights(other))
+    json.dumps(records[0], allow_nan=False)
+    fields = json.loads(json.dumps(vars(short())))
+    assert ATP(**fields) == short()
+
+
+@pytest.mark.parametrize("stop", [3, 8, 11])
+@pytest.mark.parametrize("zeroing", ["proximal", "beta"])
+def test_killed_and_resumed_is_never_killed(stop, zeroing, words, examples, tmp_path):
+    """Stops in the control phase, in the ramp, and after it."""
+    how = short(zeroing=zeroing, save_every=2, lora_dropout=0.1, ramp=0.5, log=str(tmp_path / "log.jsonl"))
+    whole, killed, resumed = toy(), toy(), toy()
+    expected = how.compress(whole, words, examples)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    before = weights(killed)
+
+    def kill(event):
+        if event.get("step") == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        how.compress(killed, words, examples, workdir=tmp_path / "work", report=kill)
+    assert same(weights(killed), before)
+    assert_plain(killed)
+    record = how.compress(resumed, words, examples, workdir=tmp_path / "work")
+    assert without_times(record) == without_times(expected)
+    assert same(weights(resumed), weights(whole))
+    again = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in again] == list(range(1, 13))
+    assert [{**e, "seconds": 0} for e in again] == [{**e, "seconds": 0} for e in log]
+
+
+def test_who_learns_from_what(words, examples, monkeypatch):
+    """The generator's step leaves every weight of the model alone; the LoRA step the generator; no one the base."""
+    from sentei.methods.atp import tuning
+
+    decide, loss = tuning.Tuning._decide, tuning.Tuning._lora_loss
+    trail = []
+
+    def watched(self, step):
+        before = weights(self.model)
+        generator = weights(self.generator)
+        if trail:
+            assert same(trail[-1], generator)
+        decide(self, step)
+        assert same(before, weights(self.model)) and all(p.grad is None for p in self.model.parameters())
+        assert not same(generator, weights(self.generator))
+        trail.append(weights(self.generator))
+        trail_base.append({n: w for n, w in before.items() if "lora_" not in n})
+
+    trail_base = []
+    monkeypatch.setattr(tuning.Tuning, "_decide", watched)
+    short().compress(toy(), words, examples)
+    assert len(trail) == 6 and all(same(trail_base[0], base) for base in trail_base)
+    assert loss is tuning.Tuning._lora_loss
+
+
+@pytest.mark.parametrize("mask", ["taylor", "random", "none"])
+def test_baselines(mask, words, examples):
+    model = toy()
+    before = structure.total_parameters(model)
+    record = short(mask=mask).compress(model, words, examples)
+    assert record["lora_tokens"] > 0 and record["slice_tokens"] == 0
+    assert (structure.total_parameters(model) < before) == (mask != "none")
+    if mask == "none":
+        assert record["removed_parameters"] == 0
+    else:
+        assert 0.35 < record["removed_of_prunable"] < 0.6 and record["zeroing"]["forward_gap"] <= 1e-5
+    assert_plain(model)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zeroing": "immediate"},
+        {"final_mask": "last_sample"},
+        {"final_mask": "threshold", "mask_in_loss": "hard"},
+        {"control_every": 3, "accumulate": 2},
+        {"shape": "uniform", "sparsity": 0.2},
+        {"checkpointing": True},
+        {"loss_on": "response", "group_lr_scale": 0.1},
+        {"precision": "bf16"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_variants(fields, words, examples):
+    model = toy()
+    record = short(steps=6, eval_every=None, **fields).compress(model, words, examples)
+    assert math.isfinite(record["validation_loss"]) and record["cut_against_masked"] <= 1e-4
+    assert_plain(model)
+    if fields.get("shape") == "uniform":
+        assert len({(s.num_kv_heads, s.intermediate_size) for s in structure.sizes(model)}) == 1
+    if "final_mask" in fields:
+        assert "misses_budget_by" in record["freeze"]
+
+
+def test_bf16_base(words, examples):
+    model = toy().to(torch.bfloat16)
+    record = short(steps=6, precision="bf16").compress(model, words, examples)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert record["cut_against_masked"] <= 1e-4 < record["cast_against_masked"]
+
+
+def test_checkpointing_gives_the_same_run(words, examples):
+    plain, recomputed = toy(), toy()
+    short(steps=6).compress(plain, words, examples)
+    short(steps=6, checkpointing=True).compress(recomputed, words, examples)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True))
+
+
+def test_healing_by_the_tuned_dense_model(words, examples, tmp_path):
+    how = short(heal_steps=4)
+    whole, killed, resumed = toy(), toy(), toy()
+    record = how.compress(whole, words, examples)
+    assert record["heal"]["tokens"] > 0 and record["cut_against_masked"] <= 1e-4
+    assert_plain(whole)
+
+    def kill(event):
+        if "healing" in event["message"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        how.compress(killed, words, examples, workdir=tmp_path, report=kill)
+    assert_plain(killed)
+    how.compress(resumed, words, examples, workdir=tmp_path)
+    assert same(weights(whole), weights(resumed))
+
+
+def test_loss_that_is_not_finite_stops_the_run(words, examples, tmp_path, monkeypatch):
+    from sentei.methods.atp import tuning
+
+    model, before = toy(), weights(toy())
+    taken = tuning.Tuning._mask_gradient
+
+    def broken(self, mask, step):
+        ce, gradient, tokens = taken(self, mask, step)
+        return (math.nan, gradient * math.nan, tokens) if step == 4 else (ce, gradient, tokens)
+
+    monkeypatch.setattr(tuning.Tuning, "_mask_gradient", broken)
+    with pytest.raises(ValueError, match=r"step 4 \(phase control, fp32\); the last good state is in"):
+        short().compress(model, words, examples, workdir=tmp_path)
+    assert same(weights(model), before)
+
+
+def test_too_few_rows(words):
+    few = Examples("response", rows(120), [], [], None, "few", "0")
+    with pytest.raises(ValueError, match="120 rows: the generator needs a held-out slice of 64 and twice that"):
+        ATP(steps=4, round_channels=4).compress(toy(), words, few)
+
+
+PROCESS = """
+import sys, json, torch
+sys.path.insert(0, {tests!r})
+from test_atp_run import Examples, rows, short, toy, weights
+import conftest
+words = conftest.words.__wrapped__()
+examples = Examples("response", rows(40), rows(8, 100), [], None, "numbers", "0" * 64)
+model = toy()
+import warnings; warnings.simplefilter("ignore")
+record = short(steps=4, batch_size={batch}, lora_dropout=0.0).compress(model, words, examples)
+import os
+torch.save({{"weights": weights(model), "kept": json.dumps(record["kept"]),
+            "ce": [e["ce"] for e in record["history"]]}}, {out!r} + os.environ.get("RANK", "0"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    code = {n: PROCESS.format(tests=str(ROOT / "tests"), batch=4 // n, out=str(tmp_path / f"{n}-")) for n in (1, 2)}
+    jobs = [subprocess.Popen([sys.executable, "-c", code[1]], env=plain | quiet)]
+    for rank in range(2):
+        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        jobs.append(
+            subprocess.Popen([sys.executable, "-c", code[2]], env=plain | quiet | where | {"MASTER_PORT": str(port)})
+        )
+    assert [job.wait(timeout=240) for job in jobs] == [0, 0, 0]
+    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    assert first["kept"] == second["kept"] == one["kept"]
+    assert same(first["weights"], second["weights"])
+    assert first["ce"] == pytest.approx(one["ce"], abs=1e-5)
+
+
+def test_from_the_command_line(words, tmp_path, capsys):
+    toy().save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    given = [{"question": f"is {i} even", "choices": ["yes", "no"], "answer": i % 2} for i in range(60)]
+    lines = [json.dumps(row) for row in given]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:50]))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[50:]))
+    data = f"train={tmp_path / 'train.jsonl'},test={tmp_path / 'test.jsonl'}"
+    fields = ["--steps", "6", "--batch-size", "4", "--slice-rows", "8", "--seq-len", "60", "--round-channels", "4"]
+    command = ["compress", str(tmp_path / "parent"), "--method", "atp", "--data", data, *fields]
+    assert cli.main([*command[:2], "--method", "atp", "--data", data, "--out", str(tmp_path / "small"), *fields]) == 0
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())
+    assert record["stages"][0]["record"]["rows"]["generator"] == 8
+    assert record["result"]["largest_difference"] < 1e-4
+    assert cli.main(["eval", str(tmp_path / "small"), "--domain", str(tmp_path / "test.jsonl")]) == 0
+    measured = {m["metric"]: m for m in json.loads((tmp_path / "small" / "eval.json").read_text())}
+    assert measured["accuracy"]["samples"] == 10 and measured["accuracy"]["chance"] == 0.5
+    page = tmp_path / "report.html"
+    assert cli.main(["report", str(tmp_path / "parent"), str(tmp_path / "small"), "--out", str(page)]) == 0
+    for drawn in ("ce and slice ce", "kept and wanted kept (dashed)", "lasso", "control steps are few"):
+        assert drawn in page.read_text(), drawn
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "small"), "--domain", str(tmp_path / "train.jsonl")]) == 2
+    assert "test prompts were seen in training" in capsys.readouterr().err
