@@ -5,9 +5,11 @@ import struct
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sentei import checkpoint
 from sentei.checkpoint import sparse
 
 
@@ -217,3 +219,71 @@ def test_fuzzed_files(good):
         good.write_bytes(content[:cut])
         with pytest.raises(ValueError, match="header|cut short|safetensors"):
             sparse.read(good)
+
+
+# --- a checkpoint in the container ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parent(tmp_path, words):
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            for linear in (layer.intermediate.dense, layer.output.dense):
+                linear.weight[linear.weight.abs() < 0.2] = 0.0
+    model.save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    return tmp_path / "parent", model
+
+
+RECORD = {"method": "m", "fields": {}, "seed": 0, "data": {}, "record": {}}
+
+
+def test_a_checkpoint_in_the_container(parent, words, tmp_path, tokens):
+    folder, model = parent
+    checkpoint.save(model, words, tmp_path / "small", parent=folder, record=RECORD, shape="sparse")
+    loaded, _ = checkpoint.load(tmp_path / "small")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert (tmp_path / "small" / sparse.FILE).stat().st_size < (folder / "model.safetensors").stat().st_size
+    account = json.loads((tmp_path / "small" / "compression.json").read_text())["result"]
+    assert account["shape"] == "sparse" and account["bytes"] == (tmp_path / "small" / sparse.FILE).stat().st_size
+    with pytest.raises(OSError, match=r"model.safetensors"):  # never random weights
+        type(model).from_pretrained(tmp_path / "small")
+    checkpoint.export_dense(tmp_path / "small", tmp_path / "dense")
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    assert torch.equal(dense.eval()(tokens).logits, model.eval()(tokens).logits)
+    with pytest.raises(ValueError, match="nothing to make dense"):
+        checkpoint.export_dense(tmp_path / "dense", tmp_path / "more")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intermediate_size": 44}, "config.json makes it"),
+        ({"num_hidden_layers": 10**9}, "fewer tensors"),
+        ({"num_hidden_layers": 2}, "has no tensor"),
+        ({"num_hidden_layers": 4}, "lacks"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "brings its own Python code"),
+    ],
+)
+def test_a_container_that_is_not_the_model(change, message, parent, words, tmp_path):
+    folder, model = parent
+    checkpoint.save(model, words, tmp_path / "small", parent=folder, record=RECORD, shape="sparse")
+    config = tmp_path / "small" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(tmp_path / "small")
+
+
+def test_codes_in_a_checkpoint(parent, words, tmp_path):
+    folder, model = parent
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    name, scale = "bert.encoder.layer.0.output.dense.weight", torch.full((24,), 0.01)
+    with torch.no_grad():
+        weight.copy_((weight / 0.01).round().clamp(-127, 127) * 0.01)
+    checkpoint.save(
+        model, words, tmp_path / "small", parent=folder, record=RECORD, shape="sparse", scales={name: scale}
+    )
+    assert sparse.inspect(tmp_path / "small" / sparse.FILE)[name].dtype == "I8"
+    loaded, _ = checkpoint.load(tmp_path / "small")
+    assert torch.equal(loaded.state_dict()[name], weight)
