@@ -243,7 +243,9 @@ def test_a_checkpoint_in_the_container(parent, words, tmp_path, tokens):
     folder, model = parent
     checkpoint.save(model, words, tmp_path / "small", parent=folder, record=RECORD, shape="sparse")
     loaded, _ = checkpoint.load(tmp_path / "small")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     assert (tmp_path / "small" / sparse.FILE).stat().st_size < (folder / "model.safetensors").stat().st_size
     account = json.loads((tmp_path / "small" / "compression.json").read_text())["result"]
     assert account["shape"] == "sparse" and account["bytes"] == (tmp_path / "small" / sparse.FILE).stat().st_size

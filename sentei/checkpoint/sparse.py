@@ -356,7 +356,9 @@ def _decode(path: Path, name: str, entry: Entry, parts: dict[str, Tensor]) -> Te
         raise ValueError(f"{path}: {name} has bits set beyond its last column")
     keep = torch.from_numpy(flags[:, :width].astype(bool))
     if int(keep.sum()) * step != entry.nnz:
-        raise ValueError(f"{path}: {name} has {int(keep.sum()) * step} weights by its bits, {entry.nnz} by its manifest")
+        raise ValueError(
+            f"{path}: {name} has {int(keep.sum()) * step} weights by its bits, {entry.nnz} by its manifest"
+        )
     dense = torch.zeros(entry.rows, width, step, dtype=values.dtype)
     dense[keep] = values.reshape(-1, step)
     return dense.reshape(entry.shape)
