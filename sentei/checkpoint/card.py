@@ -96,10 +96,8 @@ def _loads_in(result: dict[str, Any]) -> str:
     if result["shape"] == "sparse":
         verified = "yes, read back and compared to the bit" if result["verified"] else "not verified"
         rows = [("sentei", "`sentei.load`", verified), ("others", "after `sentei export --to dense`", "no")]
-        return "\n".join(
-            ["| runtime | how | verified when written |", "|---|---|---|"]
-            + [f"| {r} | {h} | {v} |" for r, h, v in rows]
-        )
+        head = ["| runtime | how | verified when written |", "|---|---|---|"]
+        return "\n".join(head + [f"| {runtime} | {how} | {done} |" for runtime, how, done in rows])
     kind = result["model_type"].removeprefix("sentei_")
     head = ["| runtime | how | verified when written |", "|---|---|---|"]
     if result["shape"] == "heterogeneous":

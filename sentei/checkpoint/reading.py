@@ -8,7 +8,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+# Heads that may be new on a checkpoint.
+HEADS = ("SequenceClassification", "QuestionAnswering")
 _LAYER = re.compile(r"(^|\.)(layers?|blk)\.\d+\.")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -100,6 +102,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> tuple[Any, Any]:
     """Load a model in eval mode, and its tokenizer.
 
@@ -109,36 +113,50 @@ def load(
             that has no bfloat16 instructions, where it runs three times faster.
         device: None is "cuda" if there is one, else "cpu".
         trust_remote_code: run the Python code that a foreign checkpoint brings along. Never needed for our own.
+        task: None is the checkpoint's own; "SequenceClassification" or "QuestionAnswering" puts that head on the model,
+            the same random one each time where the checkpoint has none. Decoders classify on the last token.
+        labels: of a sequence classification, by name; a single one makes a regression.
     Returns:
         (model, tokenizer).
     Raises:
-        ValueError: the checkpoint is refused, or its weights are not all there and finite.
+        ValueError: the checkpoint is refused, or its weights are not all there and finite (a new head's excepted).
     """
+    if task not in (None, *HEADS):
+        raise ValueError(f"task is {task!r}; expected one of {', '.join(HEADS)}, or None")
+    if bool(labels) != (task == "SequenceClassification"):
+        raise ValueError("labels and task='SequenceClassification' go together: give both, or neither")
     source = inspect(path, trust_remote_code=trust_remote_code)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     remote.register()
     where, options = _where(source)
     if trust_remote_code and not _is_ours(source.config):
         options["trust_remote_code"] = True
-    auto_class = getattr(transformers, auto_class_name(source.config))
-    more = (
+    auto_class = getattr(transformers, f"AutoModelFor{task}" if task else auto_class_name(source.config))
+    more: dict[str, Any] = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)}
         if source.is_gguf
         else {"use_safetensors": True}
     )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-        if source.is_sparse:
-            from sentei.checkpoint import zeros
+        head = _head_options(tokenizer, labels) if task else {}
+        with torch.random.fork_rng(enabled=task is not None):
+            if task:
+                torch.manual_seed(0)
+            if source.is_sparse:
+                from sentei.checkpoint import zeros
 
-            model, report = zeros.build(source, auto_class, _dtype(dtype, source, device))
-        else:
-            model, report = auto_class.from_pretrained(
-                where, dtype=_dtype(dtype, source, device), output_loading_info=True, **more, **options
-            )
+                model, report = zeros.build(source, auto_class, _dtype(dtype, source, device), head)
+            else:
+                model, report = auto_class.from_pretrained(
+                    where, dtype=_dtype(dtype, source, device), output_loading_info=True, **more, **head, **options
+                )
     except (OSError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"transformers could not load {path}: {_first_line(error)}") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if task:  # a head of another task, or of another number of labels, gives way to a new one
+        base = f"{model.base_model_prefix}."
+        absent = [name for name in absent if base in name and f"{base}pooler." not in name]  # MLMs have no pooler
     if absent:
         raise ValueError(
             f"{path} lacks {len(absent)} of the weights that {type(model).__name__} needs, {absent[0]} first; "
@@ -228,6 +246,23 @@ def _dtype(dtype: str | torch.dtype, source: Source, device: torch.device) -> to
 def _where(source: Source) -> tuple[str, dict[str, Any]]:
     """First argument and options that make transformers read this source."""
     return (str(source.path.parent), {"gguf_file": source.path.name}) if source.is_gguf else (str(source.path), {})
+
+
+def _head_options(tokenizer: Any, labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a task's head needs of the configuration; a tokenizer without padding pads with its end of text."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}
+    if labels:
+        names = dict(enumerate(labels))
+        options |= {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+            "problem_type": "regression" if len(names) == 1 else "single_label_classification",
+            "ignore_mismatched_sizes": True,
+        }
+    return options
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:

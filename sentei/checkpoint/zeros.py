@@ -6,6 +6,7 @@ model.safetensors with the zeros in it, as large as the parent, for every other 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,32 +107,38 @@ def export_dense(folder: str | Path, out: str | Path, *, force: bool = False) ->
     return out
 
 
-def build(source: Source, auto_class: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def build(source: Source, auto_class: Any, dtype: torch.dtype, head: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model of a sparse container, in transformers' own class; what was missing, as `from_pretrained` reports it.
 
     Every shape is compared with the configuration's before memory is taken for it.
 
+    Args:
+        head: what a new head changes in the configuration; with any, tensors outside the base model may be missing,
+            of another shape, or without a place.
     Raises:
         ValueError: the container does not hold the model that config.json describes.
     """
     file = source.files[0]
-    values = {key: value for key, value in source.config.items() if key != "auto_map"}
+    more = {"ignore_mismatched_sizes": True} if head else {}
+    values = {key: value for key, value in (source.config | dict(head)).items() if key not in ("auto_map", *more)}
     config = transformers.AutoConfig.for_model(**values)
     count = getattr(config, "num_hidden_layers", 0)
     if count > len(source.tensors):
         raise ValueError(f"{source.path}: config.json names {count} layers, the container has fewer tensors")
     with torch.device("meta"):
         twin = auto_class.from_config(config)
-    wanted = twin.state_dict()
+    wanted, base = twin.state_dict(), f"{twin.base_model_prefix}."
     for name, (_, shape) in source.tensors.items():
+        if head and not name.startswith(base):
+            continue
         if name not in wanted:
             raise ValueError(f"{file}: {type(twin).__name__} has no tensor {name}")
         if tuple(wanted[name].shape) != shape:
             raise ValueError(f"{file}: {name} is {list(shape)}, config.json makes it {list(wanted[name].shape)}")
     model, report = type(twin).from_pretrained(
-        None, config=config, state_dict=sparse.read(file), dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=sparse.read(file), dtype=dtype, output_loading_info=True, **more
     )
-    if report["unexpected_keys"]:
+    if report["unexpected_keys"] and not head:
         raise ValueError(f"{file}: no place for {sorted(report['unexpected_keys'])[0]}")
     model.config._name_or_path = str(source.path)
     return model, report

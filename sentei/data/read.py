@@ -33,18 +33,18 @@ def read_documents(path: str | Path, *, text_field: str = "text") -> list[str]:
     if not path.exists():
         raise ValueError(f"no such file or folder: {path}")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in SUFFIXES)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and suffix(file) in SUFFIXES)
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not files:
             raise ValueError(f"the folder {path} holds no text; expected files ending in {', '.join(SUFFIXES)}")
         return [document for file in files for document in read_documents(file, text_field=text_field)]
-    suffix = _suffix(path)
-    if suffix == ".jsonl":
+    kind = suffix(path)
+    if kind == ".jsonl":
         documents = _read_jsonl(path, text_field)
-    elif suffix == ".parquet":
+    elif kind == ".parquet":
         documents = _read_parquet(path, text_field)
     else:
-        documents = _split_text(_read_characters(path))
+        documents = _split_text(read_characters(path))
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"{path} holds no text")
@@ -62,10 +62,10 @@ def read_text(path: str | Path, *, text_field: str = "text") -> str:
         ValueError: as `read_documents`.
     """
     path = Path(path).expanduser()
-    if not path.is_file() or _suffix(path) in (".jsonl", ".parquet"):
+    if not path.is_file() or suffix(path) in (".jsonl", ".parquet"):
         return "\n\n".join(read_documents(path, text_field=text_field))
-    text = _read_characters(path)
-    if _suffix(path) == ".txt":
+    text = read_characters(path)
+    if suffix(path) == ".txt":
         return text
     lines = text.split("\n")
     if not lines[-1]:
@@ -75,7 +75,7 @@ def read_text(path: str | Path, *, text_field: str = "text") -> str:
 
 def is_dataset(source: str) -> bool:
     """Whether the source can only be the name of a Hugging Face dataset."""
-    if Path(source).expanduser().exists() or _suffix(Path(source)) in SUFFIXES or source.startswith("."):
+    if Path(source).expanduser().exists() or suffix(Path(source)) in SUFFIXES or source.startswith("."):
         return False
     return DATASET_NAME.fullmatch(source) is not None
 
@@ -117,7 +117,7 @@ def python_documents() -> list[str]:
     return [documents[topic] for topic in sorted(documents) if documents[topic].strip()]
 
 
-def _suffix(path: Path) -> str:
+def suffix(path: Path) -> str:
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
@@ -136,9 +136,10 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _read_characters(path: Path) -> str:
-    if _suffix(path) not in SUFFIXES:
-        raise ValueError(f"{path} is of an unknown kind; expected a file ending in {', '.join(SUFFIXES)}")
+def read_characters(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> str:
+    """The text of a UTF-8 file, unpacked. ValueError: another suffix, empty, binary or in another encoding."""
+    if suffix(path) not in suffixes:
+        raise ValueError(f"{path} is of an unknown kind; expected a file ending in {', '.join(suffixes)}")
     content = _read_bytes(path)
     if b"\0" in content:
         raise ValueError(f"{path} is a binary file (NUL byte at offset {content.index(0)}); expected UTF-8 text")
@@ -152,7 +153,7 @@ def _read_characters(path: Path) -> str:
 
 def _read_jsonl(path: Path, text_field: str) -> list[str]:
     documents = []
-    for number, line in enumerate(_read_characters(path).split("\n"), start=1):
+    for number, line in enumerate(read_characters(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

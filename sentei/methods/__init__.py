@@ -15,6 +15,10 @@ METHODS: dict[str, str] = {
     "one_shot": "sentei.methods.one_shot:OneShot",
     "policy_gradient": "sentei.methods.policy_gradient:PolicyGradient",
     "heal": "sentei.methods.heal:Heal",
+    "prune_once_teacher": "sentei.methods.prune_once.pretrain:Teacher",
+    "prune_once_student": "sentei.methods.prune_once.pretrain:Student",
+    "prune_once_transfer": "sentei.methods.prune_once.transfer:Transfer",
+    "prune_once_quantise": "sentei.methods.prune_once.quantise:Quantise",
 }
 
 Progress = Callable[[dict[str, Any]], None]
@@ -26,9 +30,14 @@ class Method(Protocol):
 
     The record holds "kept" (from `structure.kept`, structural methods), "seconds", "history" (a list of dicts) and
     whatever the method wants in the report.
+
+    `reads` says what `compress` is given: "text" is a `data.Text`; "examples" is what the method's own
+    `read(spec, text_field)` returns, a `data.examples.Examples`, and its `head(rows)` is then what the model is loaded
+    with: arguments of `checkpoint.load` such as {"num_labels": 3}, or {}.
     """
 
     structural: bool
+    reads: str
 
     def compress(
         self, model: Any, tokenizer: Any, text: Any, *, workdir: Path | None = None, report: Progress | None = None

@@ -85,6 +85,7 @@ class Heal:
     seed: int = option(0, "order of the text, and the adapters' first values")
 
     structural: ClassVar[bool] = False
+    reads: ClassVar[str] = "text"
     needs_teacher: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

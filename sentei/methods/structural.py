@@ -74,6 +74,7 @@ class Structural:
     """Fields and steps of every method that removes units."""
 
     structural: ClassVar[bool] = True
+    reads: ClassVar[str] = "text"
     needs_teacher: ClassVar[bool] = False
 
     sparsity: float = option(0.3, "fraction of the decoder-layer parameters to remove, in [0, 1)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sentei.methods import Progress
-from sentei.recipe.stage import Job, check_positions, load_text, shadow, silent
+from sentei.recipe.stage import Job, check_positions, load_data, shadow, silent
 
 
 def plan(
@@ -36,7 +36,7 @@ def plan(
     """
     say = report or silent
     job = Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
-    text = load_text(data, text_field)
+    text, head = load_data(job.method, data, text_field)
     import psutil
     import torch
 
@@ -45,12 +45,13 @@ def plan(
 
     source = checkpoint.inspect(job.model, trust_remote_code=trust_remote_code)
     say({"message": f"loading {model}"})
-    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code, **head)
     total, layers = structure.total_parameters(loaded), structure.layer_parameters(loaded)
+    of = "documents" if type(job.method).reads == "text" else "rows"
     lines = {
         "model": f"{job.model}: {type(loaded).__name__}, {len(structure.layers(loaded))} layers",
         "parameters": f"{total:,}, of them {layers:,} in the layers",
-        "data": f"{text.name}: {len(text.train)} documents to train on, {len(text.validation)} to validate, "
+        "data": f"{text.name}: {len(text.train)} {of} to train on, {len(text.validation)} to validate, "
         f"{len(text.test)} held out",
     }
     check_positions(loaded, job.method)
@@ -65,7 +66,8 @@ def plan(
         lines["will go"] = f"{total - left:,} parameters: {shares}"
         lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
     batch, seq_len = _batch(job.method)
-    block_NT = texts.blocks(text.train, tokenizer, seq_len, num=batch).to(next(loaded.parameters()).device)
+    documents = text.train if type(job.method).reads == "text" else [str(row) for row in text.train]
+    block_NT = texts.blocks(documents, tokenizer, seq_len, num=batch).to(next(loaded.parameters()).device)
     with torch.inference_mode():
         loaded(block_NT[:1])  # the first forward also fills caches
         started = time.monotonic()

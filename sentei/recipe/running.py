@@ -16,7 +16,7 @@ from sentei import methods
 from sentei.methods import Progress
 from sentei.recipe.fields import check_keys, method_fields
 from sentei.recipe.gates import judge, parse_gate, values_of
-from sentei.recipe.stage import Job, compress, find_model, load_text, parent_of, silent, write, write_yaml
+from sentei.recipe.stage import Job, compress, find_model, load_data, parent_of, silent, write, write_yaml
 
 EVALUATE = (
     "texts", "contexts", "stride", "max_blocks", "add_bos", "tasks", "include_path", "limit", "batch_size",
@@ -121,7 +121,6 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     # A GGUF is unpacked once: reading it takes half a minute, and its packed bytes compare with nothing of ours.
     dense = str(out / "parent") if model.endswith(".gguf") else recipe.model
     jobs = _check_stages(recipe, model, dense, force)
-    load_text(recipe.data, recipe.text_field)  # unreadable text is told before anything is written
     write_yaml(out / "recipe.yaml", json.loads(json.dumps(dataclasses.asdict(recipe))))
     done = _Done(out / "done.json", force)
     if model.endswith(".gguf"):
@@ -173,13 +172,14 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
     jobs: list[tuple[str, dict[str, Any]]] = []
     dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
     previous = start
+    readable: list[Any] = []
     for name, stage in zip(recipe.names(), recipe.stages, strict=True):
         fields = {key: value for key, value in stage.items() if key not in ("name", "method", "data", "teacher")}
         if recipe.seed is not None and "seed" in method_fields(stage["method"]):
             fields.setdefault("seed", recipe.seed)
         out = Path(recipe.out) / name
         kind = methods.load(stage["method"])
-        teacher = stage.get("teacher", dense if kind.needs_teacher else None)
+        teacher = stage.get("teacher", dense if kind.needs_teacher is True else None)
         arguments = {
             "model": previous,
             "method": stage["method"],
@@ -194,6 +194,10 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         # The folder of the stage before, and an unpacked parent, need not be there yet: the model stands in for them.
         trust, there = recipe.trust_remote_code, model if teacher == start else teacher
         job = Job.check(model, stage["method"], fields, out, force=True, teacher=there, trust_remote_code=trust)
+        asked = [job.method.reads, arguments["data"]]
+        if asked not in readable:  # unreadable data is told before anything is written
+            load_data(job.method, arguments["data"], recipe.text_field)
+            readable.append(asked)
         unpacked = start if teacher == start != recipe.model else job.teacher
         resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(
             arguments["data"], recipe.text_field

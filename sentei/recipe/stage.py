@@ -40,7 +40,8 @@ def compress(
         model: a folder, a .gguf file, a hub id, or "smollm2".
         method: a name in `sentei.methods.METHODS`.
         out: the new folder. Its parts appear at once or not at all.
-        data: what `sentei.data.load` takes; None is the Python reference. A method sees the train and validation parts.
+        data: what `sentei.data.load` takes, None being the Python reference; what `sentei.data.examples.load` takes for
+            methods that read task rows. A method sees the train and validation parts.
             The split does not depend on the seed, so that no run trains on what another holds out.
         dtype: computation, "auto" or a name such as "float32"; the saved dtype is the parent's.
         teacher: for methods that learn from the dense parent: None is the parent that the checkpoint itself records.
@@ -53,12 +54,12 @@ def compress(
         ValueError, OSError: anything that is wrong with the input; nothing is left in `out` then.
     """
     job = Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
-    text = load_text(data, text_field)
+    text, head = load_data(job.method, data, text_field)
     from sentei import checkpoint, structure
 
     say = report or silent
     say({"message": f"loading {model}"})
-    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code, **head)
     check_positions(loaded, job.method)
     if job.method.structural:  # what cannot be saved is refused before hours of search
         shadow(job, loaded, structure.units(loaded, job.method.resolved_granularity))
@@ -69,6 +70,7 @@ def compress(
     resolved = job.resolved(data, text_field)
     with work_folder(job.out, resolved) as workdir:
         record = job.method.compress(loaded, tokenizer, text, workdir=workdir, report=report, **arguments)
+        saving = {"model": loaded} | record.pop("saving", {})
         arguments.clear()  # the teacher's memory is free for the check of the save
         stage = {
             "method": method,
@@ -78,7 +80,9 @@ def compress(
             "record": record,
         }
         say({"message": f"saving {job.out} and checking it in a fresh process"})
-        checkpoint.save(loaded, tokenizer, job.out, parent=str(job.model), record=stage, shape=job.shape, force=force)
+        checkpoint.save(
+            tokenizer=tokenizer, out=job.out, parent=str(job.model), record=stage, shape=job.shape, force=force, **saving
+        )
         write_yaml(job.out / "recipe.yaml", resolved)
     return job.out
 
@@ -150,7 +154,7 @@ class Job:
         _check_sparsity(fields)
         method = make_method(name, fields)
         needs_teacher = type(method).needs_teacher
-        if teacher is not None and not needs_teacher:
+        if teacher is not None and needs_teacher is False:
             raise ValueError(f"method {name} has no teacher; leave it out")
         from sentei import checkpoint
 
@@ -159,10 +163,10 @@ class Job:
         if out is not None:
             checkpoint.check_output(out, parent=path, force=force)
             _check_space(Path(out), source.bytes)
-        found = (find_model(teacher) if teacher else parent_of(path)) if needs_teacher else None
+        found = find_model(teacher) if teacher else parent_of(path) if needs_teacher is True else None
         if found is not None:
             checkpoint.inspect(found, trust_remote_code=trust_remote_code)
-        shape = method.shape if method.structural else _saved_shape(path)
+        shape = method.shape if "shape" in dataclasses.asdict(method) else _saved_shape(path)
         return Job(str(model), path, name, method, Path(out or ""), shape, found)
 
     def resolved(self, data: Any, text_field: str) -> dict[str, Any]:
@@ -225,6 +229,16 @@ def _saved_shape(model: str) -> str:
     """The shape of a checkpoint of ours, which a stage that removes nothing keeps."""
     where = Path(model) / "compression.json"
     return json.loads(where.read_text(encoding="utf-8"))["result"]["shape"] if where.exists() else "heterogeneous"
+
+
+def load_data(method: Any, spec: Any, text_field: str) -> tuple[Any, dict[str, Any]]:
+    """What the method reads, text or task rows, and the head that its model is loaded with (arguments of `load`)."""
+    if type(method).reads == "text":
+        return load_text(spec, text_field), {}
+    if spec is None:
+        raise ValueError("this method learns from labelled rows; give --data FILE (data=...) with a text and a label")
+    rows = method.read(spec, text_field)
+    return rows, method.head(rows)
 
 
 def load_text(spec: Any, text_field: str) -> Any:

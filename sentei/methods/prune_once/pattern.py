@@ -66,7 +66,7 @@ def masks(
 
 
 def scores(weight_OI: Tensor, pattern: str) -> Tensor:
-    """|w| of every weight, the mean over each block of four inputs, or what turning a group into 2:4 costs; flat [S]."""
+    """|w| of every weight, the mean over each block of four inputs, or what 2:4 would cost a group; flat [S]."""
     size_OI = weight_OI.detach().float().abs()
     if pattern == "unstructured":
         return size_OI.flatten()
