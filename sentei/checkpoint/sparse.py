@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 

@@ -81,7 +81,13 @@ def compress(
         }
         say({"message": f"saving {job.out} and checking it in a fresh process"})
         checkpoint.save(
-            tokenizer=tokenizer, out=job.out, parent=str(job.model), record=stage, shape=job.shape, force=force, **saving
+            tokenizer=tokenizer,
+            out=job.out,
+            parent=str(job.model),
+            record=stage,
+            shape=job.shape,
+            force=force,
+            **saving,
         )
         write_yaml(job.out / "recipe.yaml", resolved)
     return job.out
