@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,6 +366,12 @@ def _decode(path: Path, name: str, entry: Entry, parts: dict[str, Tensor]) -> Te
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def size(state: dict[str, Tensor], *, scales: dict[str, Tensor] | None = None, zstd: bool = True) -> int:
+    """Bytes of the container that `write` would make."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write(Path(folder) / FILE, state, scales=scales, zstd=zstd)
 
 
 def byte_table(state: dict[str, Tensor], matrices: set[str]) -> dict[str, dict[str, int]]:

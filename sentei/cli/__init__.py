@@ -175,6 +175,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if all(gate["passed"] for gate in result["gates"]) else 1
 
 
+def _export(options: argparse.Namespace) -> int:
+    from sentei import checkpoint
+
+    print(f"written {checkpoint.export_dense(options.model, options.out, force=options.force)}")
+    return 0
+
+
 def _list_methods(options: argparse.Namespace) -> int:
     table = Table("method", "what it is", "paper", box=None, pad_edge=False)
     for row in methods():
@@ -192,5 +199,6 @@ _COMMANDS = {
     "bench": _bench,
     "report": _report,
     "run": _run,
+    "export": _export,
     "methods": _list_methods,
 }

@@ -172,14 +172,21 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
     jobs: list[tuple[str, dict[str, Any]]] = []
     dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
     previous = start
+    places: dict[str, str] = {}
     readable: list[Any] = []
     for name, stage in zip(recipe.names(), recipe.stages, strict=True):
-        fields = {key: value for key, value in stage.items() if key not in ("name", "method", "data", "teacher")}
+        fields = {k: v for k, v in stage.items() if k not in ("name", "method", "data", "teacher", "after")}
+        if "after" in stage and stage["after"] not in ("parent", *places):
+            known = ", ".join(["parent", *places])
+            raise ValueError(f"stage {name} comes after {stage['after']!r}; expected a stage before it: {known}")
+        if "after" in stage:
+            previous = places.get(stage["after"], start)
         if recipe.seed is not None and "seed" in method_fields(stage["method"]):
             fields.setdefault("seed", recipe.seed)
         out = Path(recipe.out) / name
         kind = methods.load(stage["method"])
         teacher = stage.get("teacher", dense if kind.needs_teacher is True else None)
+        teacher = places.get(str(teacher), teacher)  # a stage of this recipe, by its name
         arguments = {
             "model": previous,
             "method": stage["method"],
@@ -192,13 +199,15 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
             **fields,
         }
         # The folder of the stage before, and an unpacked parent, need not be there yet: the model stands in for them.
-        trust, there = recipe.trust_remote_code, model if teacher == start else teacher
+        trust, there = recipe.trust_remote_code, model if teacher in (start, *places.values()) else teacher
         job = Job.check(model, stage["method"], fields, out, force=True, teacher=there, trust_remote_code=trust)
         asked = [job.method.reads, arguments["data"]]
         if asked not in readable:  # unreadable data is told before anything is written
             load_data(job.method, arguments["data"], recipe.text_field)
             readable.append(asked)
         unpacked = start if teacher == start != recipe.model else job.teacher
+        if teacher in places.values():
+            unpacked = str(teacher)
         resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(
             arguments["data"], recipe.text_field
         )
@@ -207,7 +216,7 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         if out.exists() and not same and not force:
             raise FileExistsError(f"{out} was made from other settings; give another `out` in the recipe, or --force")
         jobs.append((name, arguments))
-        previous = str(out)
+        previous = places[name] = str(out)
     return jobs
 
 

@@ -67,6 +67,12 @@ def _pools(model: nn.Module) -> bool:
     return type(model).__name__.endswith("ForPreTraining")
 
 
+def lockable(model: nn.Module) -> Matrices:
+    """Weights that a sparse checkpoint may have pruned: `prunable`, and a pooler wherever it stands."""
+    pooler = {name: p for name, p in model.named_parameters() if name.endswith("pooler.dense.weight")}
+    return prunable(model) | pooler
+
+
 def zeros(matrices: Matrices) -> float:
     """Fraction of weights that are exactly zero."""
     return sum(int((p == 0).sum()) for p in matrices.values()) / max(1, sum(p.numel() for p in matrices.values()))
