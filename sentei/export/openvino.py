@@ -62,7 +62,7 @@ def convert(model: nn.Module, example: dict[str, Tensor], *, causal: bool = Fals
 
 
 def save(made: Any, folder: Path) -> dict[str, int]:
-    """Write the IR, and for transport its weights once more as .zst: zeros take their full place in .bin. Bytes by file."""
+    """Write the IR, and for transport its weights once more as .zst: zeros are not left out of .bin. Bytes by file."""
     import openvino
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -317,7 +317,8 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _calibration(task: Task, rows: Any, start: int) -> Batch:
     if task.kind == "clm":
-        return {"input_ids": rows[start : start + 4]}
+        # Without a mask the converter meets transformers' search for packed sequences, which it does not know.
+        return {"input_ids": rows[start : start + 4], "attention_mask": torch.ones_like(rows[start : start + 4])}
     return {name: x for name, x in task.collate(rows[start : start + 4]).items() if name != "targets"}
 
 

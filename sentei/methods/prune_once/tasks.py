@@ -96,7 +96,7 @@ class Task:
         if self.kind == "clm":
             total = count = 0.0
             for ids in rows.split(size):
-                batch = causal_batch(ids)
+                batch = causal_batch(ids, torch.ones_like(ids))
                 (logits_BTV,) = forward(_inputs(batch))
                 wanted = batch["targets"] != IGNORE
                 each = F.cross_entropy(logits_BTV[wanted].float(), batch["targets"][wanted], reduction="sum")
