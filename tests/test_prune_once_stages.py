@@ -65,7 +65,7 @@ def test_kl_by_hand():
     """t^2 KL, t = 2, through a model whose logits are its input."""
     loss = TaskLoss("classification", None, soft=1.0, temperature=2.0)
     for theirs, mine, wanted in (([2.0, 0.0], [0.0, 0.0], 0.443776), ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], 1.280627)):
-        found = loss._distance([torch.tensor([mine])], [torch.tensor([theirs])], {})
+        found = loss._distance([torch.tensor([mine])], [torch.tensor([theirs])])
         assert float(found) == pytest.approx(wanted, abs=1e-6)
 
 

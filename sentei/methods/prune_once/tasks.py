@@ -179,14 +179,14 @@ class TaskLoss:
         if self.kind == "clm":
             return Distillation(self.teacher, self.temperature, hard, self.soft)(student, batch)
         inputs, targets = _inputs(batch), batch["targets"]
-        mine = _logits(student(**inputs))
+        mine = self._shown(_logits(student(**inputs)), inputs)
         labels = self._labels(mine, targets)
         losses = {"loss": hard * labels, "labels": labels.detach()}
         if self.teacher is not None and self.soft:
             with torch.inference_mode():
-                theirs = _logits(self.teacher(**inputs))
+                theirs = self._shown(_logits(self.teacher(**inputs)), inputs)
             theirs = [logits.clone() for logits in theirs]  # a tensor of inference mode may not be kept for backward
-            distance = self._distance(mine, theirs, inputs)
+            distance = self._distance(mine, theirs)
             losses |= {"loss": losses["loss"] + self.soft * distance, "kd": distance.detach()}
         return losses
 
@@ -198,13 +198,17 @@ class TaskLoss:
             return (each[0] + each[1]) / 2
         return F.cross_entropy(mine[0].float(), targets)
 
-    def _distance(self, mine: Sequence[Tensor], theirs: Sequence[Tensor], inputs: Batch) -> Tensor:
+    def _shown(self, logits: Sequence[Tensor], inputs: Batch) -> Sequence[Tensor]:
+        """No answer starts or ends in the padding."""
+        if self.kind != "qa":
+            return logits
+        # A finite number: infinity less infinity is not a number, and exp(-10000) is 0 all the same.
+        away = ~inputs["attention_mask"].bool()
+        return [x.float().masked_fill(away, -1e4) for x in logits]
+
+    def _distance(self, mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         if self.kind == "regression":
             return F.mse_loss(mine[0].float(), theirs[0].float())
-        if self.kind == "qa":
-            # A finite number: infinity less infinity is not a number, and exp(-10000) is 0 all the same.
-            away = ~inputs["attention_mask"].bool()
-            mine, theirs = ([x.float().masked_fill(away, -1e4) for x in both] for both in (mine, theirs))
         each = [kl(m, t, self.temperature) for m, t in zip(mine, theirs, strict=True)]
         return torch.stack(each).mean()
 
