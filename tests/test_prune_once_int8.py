@@ -149,7 +149,7 @@ def test_runtime_equals_training(rows, words):
     quantised = method._quantised(model, task)
     found = quantise._weight_quantisers(quantised, quantise._example(task))
     clamp = quantise._Clamp(quantised, found)
-    method._learn(quantised, task, None, between=clamp, workdir=None, report=None)
+    method._learn(quantised, task, None, between=lambda step, state: clamp(), workdir=None, report=None)
     made = openvino.convert(quantised, quantise._example(task))
     batch = task.collate(task.encoded("test"))
     inputs = {name: x for name, x in batch.items() if name != "targets"}

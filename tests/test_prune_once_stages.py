@@ -395,6 +395,18 @@ def test_killed_transfer_goes_on(student, rows, tmp_path, words):
         assert torch.equal(a, b)
 
 
+def test_pruned_on_the_task(parent, rows, words):
+    """The rival: the same schedule inside the fine-tuning of a dense model."""
+    method = Transfer(epochs=16, batch_size=4, seq_len=24, lock=False, prune=0.7)
+    examples = method.read(rows, "sentence")
+    model, _ = checkpoint.load(parent, **method.head(examples))
+    record = method.compress(model, words, examples)
+    assert record["sparsity"] == pytest.approx(0.7, abs=0.01) and record["steps"] >= 100
+    assert lock.zeros(lock.prunable(model)) == pytest.approx(0.7, abs=0.01)
+    with pytest.raises(ValueError, match="only with lock off"):
+        Transfer(prune=0.5)
+
+
 def test_teacher_must_fit(student, rows, words):
     method = Transfer(epochs=1, batch_size=8, seq_len=32)
     examples = method.read(rows, "sentence")

@@ -119,11 +119,11 @@ class Quantise(OnTask):
             clamp = _Clamp(quantised, found)
             with locks.Lock(matrices, dict(held.masks), regrow=False) as zeros_kept:
 
-                def between() -> None:
+                def between(step: int, state: dict[str, Any]) -> None:
                     zeros_kept.apply()
                     clamp()
 
-                between()
+                between(0, {})
                 learnt = self._learn(quantised, task, teacher, between=between, workdir=workdir, report=report)
             quantised.eval()
             codes = _codes(quantised, found)

@@ -12,6 +12,7 @@ Rates and epochs are two to six times the usual ones for dense models: few weigh
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from sentei import data
 from sentei.data import examples, squad
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
+from sentei.methods.prune_once import pattern as patterns
 from sentei.methods.prune_once.pretrain import to_fp32
-from sentei.methods.prune_once.schedule import linear
+from sentei.methods.prune_once.schedule import Schedule, linear
 from sentei.methods.prune_once.tasks import KINDS, Task, TaskLoss, head, in_torch, kind_of
 from sentei.train import Settings, train
 
@@ -127,24 +129,28 @@ class OnTask:
         task: Task,
         teacher: Any | None,
         *,
-        between: Any,
+        between: Callable[[int, dict[str, Any]], None],
         workdir: Path | None,
         report: Progress | None,
     ) -> dict[str, Any]:
-        """Train on the task's rows, `between()` after every step; {"history", "steps"}."""
-        batches, epoch = task.batches(self.batch_size or 1, self.seed)
-        steps = max(1, round((self.epochs or 1) * epoch / self.accumulate))
+        """Train on the task's rows, `between(step, state)` after every step, and with 0 after a state was read.
+
+        Returns:
+            "history", "steps".
+        """
+        batches, _ = task.batches(self.batch_size or 1, self.seed)
+        steps = self._steps(task)
         warmup = int(self.warmup * steps)
         loss = TaskLoss(task.kind, teacher, self.kd_hard, self.kd_soft, self.temperature)
         state: dict[str, Any] = {"history": []}
         run = train(
             model, batches, loss, self._settings(steps), folder=workdir, state=state,
-            rate=lambda t: linear(steps, warmup, t), restored=between,
+            rate=lambda t: linear(steps, warmup, t), restored=lambda: between(0, state),
             fingerprint=repr((asdict(self), task.rows.sha256, teacher is None)),
         )  # fmt: skip
         with closing(run):
             for step in run:
-                between()
+                between(step.step, state)
                 if step.step % max(1, steps // 20) == 0 or step.step == steps:
                     state["history"].append({"step": step.step, "lr": step.lr, **step.losses})
                 if report is not None:
@@ -152,17 +158,26 @@ class OnTask:
                     report({"step": step.step, "of": steps, "message": message, **step.losses})
         return {"history": state["history"], "steps": steps}
 
+    def _steps(self, task: Task) -> int:
+        _, epoch = task.batches(self.batch_size or 1, self.seed)
+        return max(1, round((self.epochs or 1) * epoch / self.accumulate))
+
 
 @dataclass(frozen=True)
 class Transfer(OnTask):
     """Stage C: fine-tune the sparse checkpoint on a task with its pattern locked."""
 
     lock: bool = option(True, "keep the zeros; off: fine-tune a dense model, as a teacher or a baseline", "[ours]")
+    prune: float = option(
+        0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "[ours]"
+    )
     weight_decay: float = option(0.01, "on matrices only", "public recipes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lock:
+        if not 0 <= self.prune < 1 or (self.prune and self.lock):
+            raise ValueError(f"prune is a sparsity, at least 0 and below 1, and only with lock off; got {self.prune}")
+        if not self.lock and not self.prune:
             object.__setattr__(self, "shape", "dense")
 
     def _weight_decay(self) -> float:
@@ -194,20 +209,35 @@ class Transfer(OnTask):
         if teacher is not None:
             check_teacher(model, teacher)
             teacher.eval().requires_grad_(False)
-        held = locks.Lock.on_zeros(locks.lockable(model), model.name_or_path) if self.lock else locks.Lock({})
+        schedule = None
+        if self.lock:
+            held = locks.Lock.on_zeros(locks.lockable(model), model.name_or_path)
+        else:
+            held = locks.Lock(locks.lockable(model) if self.prune else {})
+        if self.prune:
+            schedule = Schedule.of(self._steps(task), warmup=0.01, start=0.0, end=0.5, freeze=0.8, every=0.01)
         to_fp32(model)
+
+        def between(step: int, state: dict[str, Any]) -> None:
+            if step == 0 and "lock" in state:
+                held.restore(state["lock"])
+            if schedule is not None and step and schedule.due(step):
+                held.move(patterns.masks(held.whole(), schedule.sparsity(step, self.prune)))
+                state["lock"] = held.state()
+            held.apply()
+
         with held:
-            learnt = self._learn(model, task, teacher, between=held.apply, workdir=workdir, report=report)
+            learnt = self._learn(model, task, teacher, between=between, workdir=workdir, report=report)
         model.eval()
         forward = in_torch(model)
         return {
-            "stage": "transfer" if self.lock else "dense transfer",
+            "stage": "transfer" if self.lock else "pruned on the task" if self.prune else "dense transfer",
             "task": task.kind,
             "metric": task.metric,
             "scores": {part: task.scores(forward, part) for part in ("validation", "test")},
             "rows": {part: len(getattr(text, part)) for part in ("train", "validation", "test")},
-            "mask_sha256": held.checksum() if self.lock else None,
-            "sparsity": held.sparsity if self.lock else 0.0,
+            "mask_sha256": held.checksum() if held.masks else None,
+            "sparsity": held.sparsity if held.masks else 0.0,
             **learnt,
             "seconds": time.monotonic() - started,
             "saving": {"masks": held.masks, "zstd": self.zstd} if self.shape == "sparse" else {},
