@@ -116,7 +116,7 @@ class Quantise(OnTask):
             lost = sorted(set(held.masks) - set(found))
             if lost:
                 raise ValueError(f"NNCF left {len(lost)} locked matrices in fp32, {lost[0]} first; report this")
-            clamp = _Clamp(quantised, found)
+            clamp = _Clamp(quantised, found, 64 if self.fast_path == "torch_1x4" else 127)
             with locks.Lock(matrices, dict(held.masks), regrow=False) as zeros_kept:
 
                 def between(step: int, state: dict[str, Any]) -> None:
@@ -254,14 +254,15 @@ class Quantise(OnTask):
 class _Clamp:
     """Keeps weights inside their quantiser's range; beyond it the runtime saturates at -128, training at -127."""
 
-    def __init__(self, model: nn.Module, found: dict[str, Any]):
+    def __init__(self, model: nn.Module, found: dict[str, Any], most: int = 127):
         parameters = dict(model.named_parameters())
         self.pairs = [(parameters[name], quantiser) for name, quantiser in found.items()]
+        self.most = most  # the largest code
 
     @torch.no_grad()
     def __call__(self) -> None:
         for parameter, quantiser in self.pairs:
-            limit = quantiser.scale.detach().abs()
+            limit = quantiser.scale.detach().abs() * (self.most / quantiser.level_high)
             parameter.copy_(parameter.clamp(-limit, limit))
 
 
@@ -295,7 +296,10 @@ def _weight_quantisers(model: nn.Module, example: Batch) -> dict[str, Any]:
 
 @torch.no_grad()
 def _codes(model: nn.Module, found: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> int8 codes and step, [] or [R]; value = code * step."""
+    """Name -> int8 codes and step, [] or [R]; value = code * step, and the weights are set to it.
+
+    A weight in the middle between two codes would be rounded one way here and the other way by the converter.
+    """
     parameters = dict(model.named_parameters())
     codes = {}
     for name, quantiser in found.items():
@@ -305,6 +309,7 @@ def _codes(model: nn.Module, found: dict[str, Any]) -> dict[str, tuple[Tensor, T
         if step.numel() not in (1, value.shape[0]):
             raise ValueError(f"{name} has {step.numel()} scales for {value.shape[0]} rows: no place in the container")
         code = (value.clamp(-limit, limit) / step).round().to(torch.int8)
+        parameters[name].copy_(code.float() * step)
         codes[name] = code.cpu(), step.flatten().cpu() if step.numel() > 1 else step.reshape(()).cpu()
     return codes
 
