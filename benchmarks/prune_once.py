@@ -1,7 +1,7 @@
 """Prune Once for All and its rivals: one sparse checkpoint, many tasks, int8 at the end.
 
     python benchmarks/prune_once.py --model MINILM --out results/prune-once-minilm.json --work runs/prune-once \
-        --corpus ../shared/data/wikitext-103-tok/valid.txt ../shared/data/nltk_text/abc.jsonl.gz
+        --corpus ../shared/data/wikitext-103-tok/valid.txt ../shared/data/tinystories/tinystories.jsonl.gz
     python benchmarks/prune_once.py --out results/prune-once-minilm.json --markdown
 
 Every row has the same corpus, teacher, tokens, tokenizer and transfer recipe:

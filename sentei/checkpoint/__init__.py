@@ -8,7 +8,7 @@ writing.py writes, reloads in a fresh process, and only then shows the folder un
 """
 
 from sentei.checkpoint.forms import SHAPES, Form, form
-from sentei.checkpoint.reading import Source, example_model, inspect, load
+from sentei.checkpoint.reading import Source, example_encoder, example_model, inspect, load
 from sentei.checkpoint.writing import check_output, save, unpack
 from sentei.checkpoint.zeros import export_dense
 from sentei.remote import register
@@ -18,6 +18,7 @@ __all__ = [
     "Form",
     "Source",
     "check_output",
+    "example_encoder",
     "example_model",
     "export_dense",
     "form",

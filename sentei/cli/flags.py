@@ -129,6 +129,7 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
 
     command = add("run", "make every step of a recipe that is not there yet")
     command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    command.add_argument("--dry-run", action="store_true", help="check every stage and its data, make nothing")
     command.add_argument("--out", metavar="DIR", help="in place of the recipe's")
     command.add_argument("--force", action="store_true", help="make every step again")
 

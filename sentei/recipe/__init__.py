@@ -27,12 +27,13 @@ gets a recipe.yaml that makes it again, with every field written out. Nothing he
 from sentei.recipe.fields import make_method, method_fields, nearest
 from sentei.recipe.gates import GATES
 from sentei.recipe.planning import plan
-from sentei.recipe.running import Recipe, load, run
+from sentei.recipe.running import Recipe, check, load, run
 from sentei.recipe.stage import compress, find_model, heal, parent_of
 
 __all__ = [
     "GATES",
     "Recipe",
+    "check",
     "compress",
     "find_model",
     "heal",

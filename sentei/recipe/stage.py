@@ -37,7 +37,7 @@ def compress(
     A run that was stopped leaves its state in a hidden folder beside `out`, and the same call goes on from there.
 
     Args:
-        model: a folder, a .gguf file, a hub id, or "smollm2".
+        model: a folder, a .gguf file, a hub id, or an example: "smollm2" or "minilm".
         method: a name in `sentei.methods.METHODS`.
         out: the new folder. Its parts appear at once or not at all.
         data: what `sentei.data.load` takes, None being the Python reference; what `sentei.data.examples.load` takes for
@@ -208,12 +208,12 @@ def _check_sparsity(fields: Mapping[str, Any]) -> None:
 
 
 def find_model(model: str | Path) -> str:
-    """What `checkpoint.load` is given for a name: the same, or the file of "smollm2"."""
-    if str(model) != "smollm2":
+    """What `checkpoint.load` is given for a name: the same, or the place of "smollm2" or "minilm"."""
+    if str(model) not in ("smollm2", "minilm"):
         return str(model)
     from sentei import checkpoint
 
-    return str(checkpoint.example_model())
+    return str(checkpoint.example_model() if str(model) == "smollm2" else checkpoint.example_encoder())
 
 
 def parent_of(checkpoint: str, flag: str = "--teacher") -> str:

@@ -226,7 +226,7 @@ class Teacher(Pretraining):
             ValueError: an objective that the model has no head for, too little text, a loss that is not finite.
         """
         started = time.monotonic()
-        model = with_language_head(model, self.seed)
+        model = with_language_head(model, self.seed, next_sentence=self.objective == "mlm_nsp")
         objective = self._objective(model, tokenizer)
         batches, held = self._data(model, tokenizer, text, objective)
         to_fp32(model)
@@ -420,8 +420,19 @@ def without_pairs(batch: Batch) -> Batch:
     return {name: x for name, x in batch.items() if name != "next_sentence"}
 
 
-def with_language_head(model: Any, seed: int) -> Any:
-    """The model itself, or an encoder without a head as a masked language model with a new one."""
+def with_language_head(model: Any, seed: int, *, next_sentence: bool = False) -> Any:
+    """The model itself, or an encoder without a head as a masked language model with a new one.
+
+    Args:
+        next_sentence: make it BERT's pre-training model: checkpoints name one head but may hold both.
+    """
+    if next_sentence and structure.family_name(model) == "bert" and not type(model).__name__.endswith("ForPreTraining"):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(mix(seed, "head"))
+            made = transformers.BertForPreTraining.from_pretrained(
+                model.name_or_path, dtype=torch.float32, use_safetensors=True
+            )
+        return made.to(next(model.parameters()).device).eval()
     if model.get_output_embeddings() is not None:
         return model
     if structure.is_causal(model) or structure.base_model(model) is not model:

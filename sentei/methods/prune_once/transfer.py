@@ -46,6 +46,7 @@ class OnTask:
     label_field: str = option("label", "field of the rows that holds the label")
     pair_field: str | None = option(None, "field of a second text")
     limit: int | None = option(None, "at most so many training rows", "[ours]")
+    validation_fraction: float = option(0.1, "of the training rows, held out where no validation file is given")
     held_limit: int | None = option(None, "at most so many rows of validation and of test", "[ours]")
     epochs: float | None = option(None, "times that every row is seen; paper 9, SQuAD 8", "public recipes")
     batch_size: int | None = option(None, "rows per micro-batch; paper 32, SQuAD 12", "public recipes")
@@ -88,7 +89,9 @@ class OnTask:
 
     def read(self, spec: Any, text_field: str) -> Any:
         """Rows of the task, or text for clm."""
-        limits = {"limit": self.limit, "held_limit": self.held_limit}
+        limits = {
+            "limit": self.limit, "held_limit": self.held_limit, "validation_fraction": self.validation_fraction,
+        }  # fmt: skip
         if self.task == "clm":
             return data.load(spec, text_field=text_field)
         if self.task == "qa":
