@@ -1,7 +1,11 @@
 """Prune Once for All, stage by stage on tiny models: what is sparse stays sparse, what is killed goes on."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,6 +265,14 @@ def test_teacher_gives_an_encoder_its_head(words, text):
     assert record["loss_after"] < record["loss_before"]
 
 
+def test_the_student_reads_what_its_teacher_read(parent, corpus, tmp_path):
+    teacher = sentei.compress(parent, method="prune_once_teacher", data=corpus, out=tmp_path / "t", steps=2, **FEW)
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(corpus).read_text().replace("tree", "rock"))
+    with pytest.raises(ValueError, match="trained on another corpus"):
+        sentei.compress(teacher, method="prune_once_student", data=other, out=tmp_path / "s", steps=100, **FEW)
+
+
 def test_next_sentence_pairs(words, text):
     words.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
     words.build_inputs_with_special_tokens = lambda a, b: [1, *a, 2, *b, 2]
@@ -397,7 +409,7 @@ def test_killed_transfer_goes_on(student, rows, tmp_path, words):
 
 def test_pruned_on_the_task(parent, rows, words):
     """The rival: the same schedule inside the fine-tuning of a dense model."""
-    method = Transfer(epochs=16, batch_size=4, seq_len=24, lock=False, prune=0.7)
+    method = Transfer(epochs=60, batch_size=4, seq_len=24, lock=False, prune=0.7)
     examples = method.read(rows, "sentence")
     model, _ = checkpoint.load(parent, **method.head(examples))
     record = method.compress(model, words, examples)
@@ -418,3 +430,77 @@ def test_teacher_must_fit(student, rows, words):
         method.compress(model, words, examples, teacher=tiny_model("bert"))
     with pytest.raises(ValueError, match="vocabulary differs"):
         method.compress(model, words, examples, teacher=tiny_model("bert", vocab_size=100))
+
+
+def test_a_recipe_branches(parent, corpus, rows, tmp_path, capsys):
+    """Two tasks of one student, with a teacher that is a stage; a second run makes nothing again."""
+    from sentei import recipe
+    from sentei.cli import main
+
+    few = "epochs: 1, batch_size: 8, seq_len: 32, text_field: sentence"
+    file = tmp_path / "r.yaml"
+    file.write_text(f"""
+model: {parent}
+out: {tmp_path / "out"}
+data: {corpus}
+report: null
+stages:
+  - {{name: student, method: prune_once_student, steps: 100, batch_size: 2, seq_len: 16, sparsity: 0.8, kd_soft: 0.0}}
+  - {{name: dense, method: prune_once_transfer, after: parent, lock: false, data: {rows}, {few}}}
+  - {{name: one, method: prune_once_transfer, after: student, teacher: dense, data: {rows}, {few}}}
+  - {{name: codes, method: prune_once_quantise, scheme: weights, data: {rows}, {few}}}
+  - {{name: two, method: prune_once_transfer, after: student, seed: 1, data: {rows}, {few}}}
+""")
+    assert main(["run", str(file), "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists() and "sparsity: 0.8" in capsys.readouterr().out
+    recipe.run(recipe.load(file))
+    records = {
+        name: json.loads((tmp_path / "out" / name / "compression.json").read_text())["stages"]
+        for name in ("student", "dense", "one", "codes", "two")
+    }
+    masks = {records[name][-1]["record"]["mask_sha256"] for name in ("student", "one", "codes", "two")}
+    assert len(masks) == 1 and len(records["dense"]) == 1 and len(records["codes"]) == 3
+    times = {name: (tmp_path / "out" / name / "compression.json").stat().st_mtime_ns for name in records}
+    recipe.run(recipe.load(file))
+    for name, time in times.items():
+        assert (tmp_path / "out" / name / "compression.json").stat().st_mtime_ns == time
+    assert main(["export", str(tmp_path / "out" / "codes"), "--out", str(tmp_path / "plain")]) == 0
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+    file.write_text(file.read_text().replace("after: student, seed", "after: pupil, seed"))
+    with pytest.raises(ValueError, match="after 'pupil'; expected a stage before it"):
+        recipe.run(recipe.load(file))
+
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+from conftest import tiny_model, words
+from sentei import data
+from sentei.methods.prune_once.pretrain import Student
+documents = [" ".join(f"tree {{(7 * d + s) % 13}} leaf." for s in range(8)) for d in range(12)]
+text = data.Text(documents, documents[:2], documents[2:3], "trees", "1" * 64)
+model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+few = {{"seq_len": 16, "lr": 1e-3, "eval_tokens": 64}}
+method = Student(steps=100, sparsity=0.7, batch_size=int(sys.argv[2]), **few)
+record = method.compress(model, words.__wrapped__(), text)
+import os
+torch.save([record["mask_sha256"], {{n: p.detach() for n, p in model.named_parameters()}}],
+           sys.argv[1] + os.environ.get("RANK", "-"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_mask(tmp_path):
+    """Data-parallel: both ranks end with the same masks and weights, those of one process with the whole batch."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1])))
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713", str(script)]
+    subprocess.run([sys.executable, *both, str(tmp_path / "two"), "2"], check=True, env=quiet, capture_output=True)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one"), "4"], check=True, env=quiet)
+    first, second, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("two0", "two1", "one-"))
+    assert first[0] == second[0]
+    for name, p in first[1].items():
+        assert torch.equal(p, second[1][name]), name
+        same = (p == 0) == (alone[1][name] == 0)
+        assert same.float().mean() > 0.99, name  # sums in another order move a weight across the threshold now and then

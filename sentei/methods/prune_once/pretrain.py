@@ -15,6 +15,7 @@ The paper's loss of BERT also predicts the next sentence; here that is `objectiv
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -332,6 +333,7 @@ class Student(Pretraining):
         """
         started = time.monotonic()
         objective = self._objective(model, tokenizer)
+        check_corpus(model, text)
         matrices = locks.prunable(model, self.include, self.exclude)
         patterns.check(self.pattern, self.sparsity, {name: (len(p), p[0].numel()) for name, p in matrices.items()})
         batches, held = self._data(model, tokenizer, text, objective)
@@ -446,6 +448,21 @@ def with_language_head(model: Any, seed: int, *, next_sentence: bool = False) ->
     made.tie_weights()
     made.name_or_path = model.name_or_path
     return made.to(next(model.parameters()).device).eval()
+
+
+def check_corpus(model: Any, text: data.Text) -> None:
+    """A student is pruned on the text that its teacher was trained on.
+
+    Raises:
+        ValueError: the checkpoint is a teacher that read something else.
+    """
+    where = Path(model.name_or_path) / "compression.json"
+    record = json.loads(where.read_text(encoding="utf-8"))["stages"][-1]["record"] if where.is_file() else {}
+    if record.get("stage") == "teacher" and record["corpus"] != text.sha256:
+        raise ValueError(
+            f"{model.name_or_path} was trained on another corpus (sha256 {record['corpus'][:12]}) than {text.name} "
+            f"({text.sha256[:12]}); give the student the text of its teacher"
+        )
 
 
 def to_fp32(model: nn.Module) -> None:
