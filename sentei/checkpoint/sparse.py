@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
@@ -204,8 +204,8 @@ def inspect(path: str | Path, *, max_bytes: int | None = None) -> dict[str, Entr
         raise ValueError(f"{path} has version {metadata.get('version')!r}, known is {VERSION}: use a newer sentei")
     try:
         manifest = json.loads(metadata["manifest"])
-        assert isinstance(manifest, dict) and manifest
-    except (KeyError, ValueError, AssertionError, RecursionError):
+        _require(isinstance(manifest, dict) and bool(manifest))
+    except (KeyError, ValueError, RecursionError):
         raise ValueError(f"{path} has no manifest that can be read; get it again") from None
     limit = max(1 << 30, 64 * path.stat().st_size) if max_bytes is None else max_bytes
     entries, used = {}, set()
@@ -252,7 +252,7 @@ def read_codes(path: str | Path, *, max_bytes: int | None = None) -> dict[str, t
     path = Path(path)
     entries = inspect(path, max_bytes=max_bytes)
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         for name, entry in entries.items():
             parts = {}
             for part, (stored, dtype, shape) in entry.parts(name).items():
@@ -272,12 +272,19 @@ def read_activations(path: str | Path) -> dict[str, dict[str, float]]:
     """Module -> ranges of its inputs and outputs, where the container has them."""
     inspect(path)
     found: dict[str, dict[str, float]] = {}
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         for stored in file.keys():  # noqa: SIM118 (not a dict)
             if stored.startswith("act/"):
                 module, _, key = stored.removeprefix("act/").partition("::")
                 found.setdefault(module, {})[key] = float(file.get_tensor(stored))
     return found
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file that can be read: {error}") from None
 
 
 def _value(codes: Tensor, scale: Tensor | None) -> Tensor:
@@ -296,15 +303,15 @@ def _header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[st
         try:
             raw = json.loads(stream.read(length))
             metadata = raw.pop("__metadata__", {})
-            assert isinstance(metadata, dict)
+            _require(isinstance(metadata, dict))
             header, spans = {}, []
             for name, line in raw.items():
                 dtype, shape, span = line["dtype"], tuple(line["shape"]), tuple(line["data_offsets"])
-                assert dtype in _SIZES and all(type(n) is int and n >= 0 for n in (*shape, *span)) and len(span) == 2
-                assert span[1] - span[0] == math.prod(shape) * _SIZES[dtype]
+                _require(dtype in _SIZES and all(type(n) is int and n >= 0 for n in (*shape, *span)) and len(span) == 2)
+                _require(span[1] - span[0] == math.prod(shape) * _SIZES[dtype])
                 header[name] = dtype, shape
                 spans.append(span)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} has a damaged header; get it again") from None
     end = 0
     for first, last in sorted(spans):
@@ -316,20 +323,27 @@ def _header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[st
     return header, metadata
 
 
+def _require(condition: bool) -> None:
+    """For what a stranger wrote: unlike `assert`, not switched off by -O."""
+    if not condition:
+        raise ValueError
+
+
 def _entry(path: Path, name: str, line: Any) -> Entry:
     try:
-        assert isinstance(line, dict) and set(line) <= _KEYS and "::" not in name
-        layout, dtype, shape, codec = line["layout"], line["dtype"], tuple(line["shape"]), dict(line["codec"])
-        assert layout in LAYOUTS and dtype in DTYPES and line["bits"] in BITS
-        assert all(type(n) is int and 0 <= n < 1 << 40 for n in (*shape, line["nnz"])) and len(shape) <= 8
-        assert type(line["crc32"]) is int and set(codec.values()) <= set(CODECS)
+        _require(isinstance(line, dict) and set(line) <= _KEYS and "::" not in name)
+        shape: tuple[int, ...] = tuple(line["shape"])
+        layout, dtype, codec = line["layout"], line["dtype"], dict(line["codec"])
+        _require(layout in LAYOUTS and dtype in DTYPES and line["bits"] in BITS)
+        _require(all(type(n) is int and 0 <= n < 1 << 40 for n in (*shape, line["nnz"])) and len(shape) <= 8)
+        _require(type(line["crc32"]) is int and set(codec.values()) <= set(CODECS))
         scale = line.get("scale")
-        assert (scale in ("tensor", "row")) == (dtype == "I8")
+        _require((scale in ("tensor", "row")) == (dtype == "I8"))
         entry = Entry(layout, dtype, shape, line["nnz"], line["bits"], codec, line["crc32"], scale)
-        assert entry.nnz <= math.prod(shape) and set(codec) == set(entry.parts(name))
-        assert layout == "dense" or len(shape) >= 2
-        assert layout != "block4" or (shape[-1] % 4 == 0 and entry.nnz % 4 == 0)
-    except (KeyError, TypeError, ValueError, AssertionError):
+        _require(entry.nnz <= math.prod(shape) and set(codec) == set(entry.parts(name)))
+        _require(layout == "dense" or len(shape) >= 2)
+        _require(layout != "block4" or (shape[-1] % 4 == 0 and entry.nnz % 4 == 0))
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: the manifest's line for {str(name)[:80]!r} makes no sense; get it again") from None
     return entry
 
@@ -339,8 +353,8 @@ def _expand(path: Path, stored: str, frame: Tensor, dtype: str, shape: tuple[int
     size = math.prod(shape) * _SIZES[dtype]
     try:
         raw = pyarrow.Codec("zstd").decompress(frame.numpy().tobytes(), decompressed_size=size, asbytes=True)
-        assert len(raw) == size
-    except (pyarrow.ArrowException, OSError, AssertionError, ValueError):
+        _require(len(raw) == size)
+    except (pyarrow.ArrowException, OSError, ValueError):
         raise ValueError(f"{path}: {stored} does not unpack to {size} bytes; get the file again") from None
     kind = torch.uint8 if dtype == "U8" else DTYPES[dtype]
     return torch.frombuffer(bytearray(raw), dtype=kind).reshape(shape) if size else torch.empty(shape, dtype=kind)

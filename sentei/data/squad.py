@@ -118,7 +118,8 @@ def windows(rows: Sequence[Row], tokenizer: Any, length: int = 384, stride: int 
         first, last = answer["start"], answer["start"] + len(answer["text"])
         for window in range(len(coded["input_ids"])):
             sides = coded.sequence_ids(window)
-            spans = [s if side == 1 else None for s, side in zip(coded["offset_mapping"][window], sides, strict=True)]
+            places = zip(coded["offset_mapping"][window], sides, strict=True)
+            spans: list[Any] = [span if side == 1 else None for span, side in places]
             inside = [i for i, span in enumerate(spans) if span is not None]
             start = end = 0
             if inside and spans[inside[0]][0] <= first and spans[inside[-1]][1] >= last:

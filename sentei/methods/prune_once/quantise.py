@@ -179,7 +179,7 @@ class Quantise(OnTask):
             if mask.shape[1] % 4 or not set(mask.reshape(-1, 4).sum(1).tolist()) <= {0, 4}:
                 raise ValueError(f"torch_1x4 needs pattern 1x4; {name} has single zeros: prune with --pattern 1x4")
 
-    def _matrices(self, model: nn.Module) -> dict[str, nn.Parameter]:
+    def _matrices(self, model: Any) -> dict[str, Tensor]:
         """Weights that get codes without a runtime to ask."""
         found = {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         if self.scope != "linear":
@@ -196,13 +196,13 @@ class Quantise(OnTask):
         rows = task.encoded("train")[: self.calibration_rows]
         batches = [_calibration(task, rows, start) for start in range(0, len(rows), 4)]
         fix = advanced.OverflowFix.ENABLE if self.fast_path == "torch_1x4" else advanced.OverflowFix.DISABLE
-        weights = advanced.QuantizationParameters(per_channel=False) if self.scheme == "int8_paper" else None
         parameters = advanced.AdvancedQuantizationParameters(
             overflow_fix=fix,
             disable_bias_correction=True,
             smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
-            **({"weights_quantization_params": weights} if weights is not None else {}),
         )
+        if self.scheme == "int8_paper":
+            parameters.weights_quantization_params = advanced.QuantizationParameters(per_channel=False)
         model.config.use_cache = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing, in code that is not ours
