@@ -59,6 +59,7 @@ def test_masks_are_due():
         ({"end": 0.9}, "in this order"),
         ({"start": 0.5}, "in this order"),
         ({"every": 1.5}, "fractions of the run"),
+        ({"warmup": 0.2, "end": 0.9, "freeze": 0.9}, "no step in which the learning rate falls"),
     ],
 )
 def test_schedule_refusals(change, message):

@@ -47,7 +47,11 @@ class Schedule:
             steps, int(warmup * steps), int(start * steps), int(end * steps), int(freeze * steps),
             max(1, int(every * steps)),
         )  # fmt: skip
-        assert made.steps > made.warmup + made.end - made.start or made.end == made.steps
+        if made.steps - (made.end - made.start) <= made.warmup:
+            raise ValueError(
+                f"warmup {warmup} and pruning from {start} to {end} leave no step in which the learning rate falls; "
+                "lower prune_end or warmup"
+            )
         return made
 
     def sparsity(self, t: int, target: float) -> float:
@@ -70,7 +74,7 @@ class Schedule:
             return t / self.warmup
         pruning = self.end - self.start
         rest = self.steps - pruning  # steps of the schedule that is wound back
-        decay = max(1, rest - self.warmup)
+        decay = rest - self.warmup
         if self.start <= t < self.end:
             return (rest - t + (t - self.start) // self.every * self.every) / decay
         return (self.steps - t - (pruning if t < self.start else 0)) / decay
