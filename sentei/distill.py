@@ -43,7 +43,7 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0,
 
 @dataclass(frozen=True)
 class Head:
-    """What turns the last hidden state of a causal model into logits: its output linear, and Gemma's soft cap."""
+    """What turns `hidden` states into logits: the model's output linear, and Gemma's soft cap."""
 
     linear: nn.Module
     softcap: float | None = None
@@ -54,8 +54,8 @@ class Head:
 
 
 def head(model: nn.Module) -> Head | None:
-    """The LM head of a causal model; None for encoders and for models with another task."""
-    linear = model.get_output_embeddings() if structure.is_causal(model) else None
+    """The head of a causal or masked language model; None for models with another task."""
+    linear = model.get_output_embeddings()
     if linear is None:
         return None
     return Head(linear, model.config.to_dict().get("final_logit_softcapping"))
@@ -71,8 +71,9 @@ def check_head(model: nn.Module, ids_BT: Tensor) -> None:
     found = head(model)
     if found is None:
         return
-    own = model(input_ids=ids_BT, use_cache=False).logits
-    ours = found(structure.base_model(model)(input_ids=ids_BT, use_cache=False).last_hidden_state)
+    own = model(input_ids=ids_BT, use_cache=False) if structure.is_causal(model) else model(input_ids=ids_BT)
+    own = own.prediction_logits if "prediction_logits" in own else own.logits
+    ours = found(hidden(model, {"input_ids": ids_BT})[0])
     if not torch.allclose(own.float(), ours.float(), atol=1e-3, rtol=1e-2):
         raise ValueError(
             f"{type(model).__name__} changes its logits after the LM head in a way that sentei.distill.Head does not "
@@ -89,6 +90,8 @@ class Distillation:
 
     Attributes:
         teacher: None leaves cross-entropy alone, whatever `kl_weight` says.
+        positions: where the KL is taken: "targets", or "all" that the attention mask does not exclude. Masked language
+            models are asked at a seventh of the positions, and their teacher has something to say at every one.
         chunk: tokens whose logits exist at one time.
     """
 
@@ -97,43 +100,58 @@ class Distillation:
     ce_weight: float = 1.0
     kl_weight: float = 1.0
     chunk: int = 128
+    positions: str = "targets"
 
     def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self.with_outputs(student, batch)[0]
+
+    def with_outputs(self, student: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any, Any]:
+        """The losses, and what student and teacher (or None) gave besides, for losses of a second head."""
         targets = batch["targets"]
         wanted = targets != IGNORE
         inputs = {name: x for name, x in batch.items() if name != "targets"}
+        if self.positions == "all" and self.teacher is not None:
+            wanted = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(wanted)
         student_head = head(student)
         if student_head is None:
-            return self._plain(student, inputs, targets, wanted)
-        hidden_NH = _hidden(student, inputs)[wanted]
-        teacher_NH = teacher_head = None
+            raise ValueError(f"{type(student).__name__} has no language-model head: no tokens to predict")
+        hidden_BTH, output = hidden(student, inputs)
+        hidden_NH = hidden_BTH[wanted]
+        teacher_NH = teacher_head = teacher_output = None
         if self.teacher is not None:
             teacher_head = head(self.teacher)
             with torch.inference_mode():
-                teacher_NH = _hidden(self.teacher, inputs)[wanted]
+                hidden_BTH, teacher_output = hidden(self.teacher, inputs)
+                teacher_NH = hidden_BTH[wanted]
         parameters = [p for p in student_head.linear.parameters() if p.requires_grad]
         differentiate = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(parameters))
         loss, ce, divergence = _HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
             hidden_NH, student_head, teacher_NH, teacher_head, targets[wanted], self, differentiate, *parameters
         )
-        return {"loss": loss, "ce": ce} | ({} if self.teacher is None else {"kl": divergence})
-
-    def _plain(self, student: nn.Module, inputs: Batch, targets: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        """Encoders: few positions of a sequence have a target, so their logits are small."""
-        logits_NV = student(**inputs).logits[wanted]
-        ce = cross_entropy(logits_NV, targets[wanted])
-        if self.teacher is None:
-            return {"loss": self.ce_weight * ce, "ce": ce.detach()}
-        with torch.inference_mode():
-            teacher_NV = self.teacher(**inputs).logits[wanted]
-        # A tensor made in inference mode may not be kept for a backward pass; its clone may.
-        divergence = kl(logits_NV, teacher_NV.clone(), self.temperature)
-        loss = self.ce_weight * ce + self.kl_weight * divergence
-        return {"loss": loss, "ce": ce.detach(), "kl": divergence.detach()}
+        losses = {"loss": loss, "ce": ce} | ({} if self.teacher is None else {"kl": divergence})
+        return losses, output, teacher_output
 
 
-def _hidden(model: nn.Module, inputs: Batch) -> Tensor:
-    return structure.base_model(model)(**inputs, use_cache=False).last_hidden_state
+def hidden(model: nn.Module, inputs: Batch) -> tuple[Tensor, Any]:
+    """What goes into the output linear, [B, T, H], and all that the model gave.
+
+    A masked language model transforms its last hidden state first, each family in a module of another name; with its
+    output linear set aside the model itself says what comes out of there.
+    """
+    if structure.is_causal(model):
+        output = structure.base_model(model)(**inputs, use_cache=False)
+        return output.last_hidden_state, output
+    linear: Any = model.get_output_embeddings()
+    linear.forward = _as_it_is  # shadows the class's method; deleting it brings that back
+    try:
+        output = model(**inputs)
+    finally:
+        del linear.forward
+    return output.prediction_logits if "prediction_logits" in output else output.logits, output
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -156,6 +174,9 @@ class _HeadLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = max(1, len(targets_N))
+        asked_N = targets_N != IGNORE  # the others have a KL only
+        # All is divided by `count` at the end; 1 where every position is asked.
+        ce_share = count / max(1, int(asked_N.sum()))
         ce = torch.zeros((), device=hidden_NH.device)
         divergence = torch.zeros((), device=hidden_NH.device)
         grad_NH = torch.zeros_like(hidden_NH) if differentiate else None
@@ -168,11 +189,13 @@ class _HeadLoss(torch.autograd.Function):
                 logits_nV = student(hidden_nH)
             z_nV = logits_nV.detach().float()
             log_p_nV = z_nV.log_softmax(-1)
-            target_n1 = targets_N[rows, None]
-            ce -= log_p_nV.gather(1, target_n1).sum()
+            asked_n1 = asked_N[rows, None]
+            target_n1 = torch.where(asked_n1, targets_N[rows, None], 0)
+            ce -= log_p_nV.gather(1, target_n1)[asked_n1].sum() * ce_share
             p_nV = log_p_nV.exp()
-            slope_nV = p_nV * weights.ce_weight
-            slope_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -weights.ce_weight, dtype=z_nV.dtype))
+            weight_n1 = asked_n1 * (weights.ce_weight * ce_share)
+            slope_nV = p_nV * weight_n1
+            slope_nV.scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
             if teacher is not None:
                 assert teacher_NH is not None
                 log_q_nV = (teacher(teacher_NH[rows]).float() / t).log_softmax(-1)

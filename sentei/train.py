@@ -230,6 +230,8 @@ def train(
     state: dict[str, Any] | None = None,
     fingerprint: str = "",
     on_gradients: Callable[[], None] | None = None,
+    rate: Callable[[int], float] | None = None,
+    restored: Callable[[], None] | None = None,
 ) -> Generator[Step, None, None]:
     """Train the parameters that require gradients, with AdamW.
 
@@ -241,6 +243,8 @@ def train(
         folder: where checkpoints go (`train.pt`); a run found there is continued.
         state: the caller's own values (numbers, strings, lists, dicts, tensors), saved with each checkpoint and
             updated in place from the one that is continued before the first record.
+        rate: learning rate of a step (the first is 0) as a multiple of `lr`, in place of warm-up and cosine.
+        restored: called once after a checkpoint was loaded, `state` included, before the first step.
         fingerprint: whatever else must be equal for a checkpoint to belong to this run (data, loss weights).
         on_gradients: called when a step's gradients are whole (all micro-batches and processes), before clipping.
     Yields:
@@ -274,6 +278,8 @@ def train(
     earlier = 0.0
     if file is not None and file.exists():
         step, tokens, bad, earlier = _restore(file, run, trained, optimizer, state)
+        if restored is not None:
+            restored()
 
     precision = resolve_precision(settings.precision, device)
     was_training = model.training
@@ -287,6 +293,8 @@ def train(
             model.train()
             # The middle of the step, so that neither the first nor the last step has a rate of zero.
             lr = learning_rate(settings, _progress(settings, step + 0.5, begun - started + 0.5 * last_seconds))
+            if rate is not None:
+                lr = settings.lr * rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             first = step * settings.accumulate * accelerator.num_processes

@@ -10,8 +10,9 @@ adapters.py does the same for PEFT modules without their base model.
 
 from sentei.checkpoint import adapters
 from sentei.checkpoint.forms import SHAPES, Form, form
-from sentei.checkpoint.reading import Source, example_model, inspect, load
+from sentei.checkpoint.reading import Source, example_encoder, example_model, inspect, load
 from sentei.checkpoint.writing import check_output, save, unpack
+from sentei.checkpoint.zeros import export_dense
 from sentei.remote import register
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "Source",
     "adapters",
     "check_output",
+    "example_encoder",
     "example_model",
+    "export_dense",
     "form",
     "inspect",
     "load",

@@ -77,6 +77,11 @@ def _sizes(account: dict[str, Any]) -> str:
 def _how_to_load(result: dict[str, Any], name: str) -> str:
     task = result["architecture"].partition("For")[2]
     auto_class = f"AutoModelFor{task}" if task else "AutoModel"
+    if result["shape"] == "sparse":
+        return (
+            f'```python\nmodel, tokenizer = sentei.load("{name}")\n```\n\nThe weights are in a sparse container, which '
+            f"transformers does not read; `sentei export {name} --to dense --out DIR` writes an ordinary checkpoint."
+        )
     if result["shape"] != "heterogeneous":
         return f'```python\nmodel = transformers.{auto_class}.from_pretrained("{name}")\n```'
     return (
@@ -88,6 +93,11 @@ def _how_to_load(result: dict[str, Any], name: str) -> str:
 
 def _loads_in(result: dict[str, Any]) -> str:
     verified = "yes, reloaded in a fresh process with equal outputs" if result["verified"] else "not verified"
+    if result["shape"] == "sparse":
+        verified = "yes, read back and compared to the bit" if result["verified"] else "not verified"
+        rows = [("sentei", "`sentei.load`", verified), ("others", "after `sentei export --to dense`", "no")]
+        head = ["| runtime | how | verified when written |", "|---|---|---|"]
+        return "\n".join(head + [f"| {runtime} | {how} | {done} |" for runtime, how, done in rows])
     kind = result["model_type"].removeprefix("sentei_")
     head = ["| runtime | how | verified when written |", "|---|---|---|"]
     if result["shape"] == "heterogeneous":

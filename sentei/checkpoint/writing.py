@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import sentei
 from sentei import remote, structure
-from sentei.checkpoint import card, forms, reading
+from sentei.checkpoint import card, forms, reading, zeros
 from sentei.remote import reload
 
 TOLERANCE = 1e-5  # of the largest output, float32
@@ -39,6 +40,11 @@ def save(
     dtype: torch.dtype | None = None,
     force: bool = False,
     verify: bool = True,
+    masks: dict[str, Tensor] | None = None,
+    scales: dict[str, Tensor] | None = None,
+    activations: dict[str, dict[str, float]] | None = None,
+    zstd: bool = True,
+    files: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write a pruned model, its tokenizer, compression.json and model card; all of it or nothing.
 
@@ -48,10 +54,14 @@ def save(
         parent: the checkpoint that was compressed: folder, .gguf file or hub id.
         record: the stage that made the model: {"method", "fields", "seed", "data", "record"}, and optionally "kept"
             (`structure.kept`) and "evaluation" (rows {"metric", "before", "after"} for the model card).
-        shape: one of `forms.SHAPES`.
+        shape: one of `forms.SHAPES`, or of `zeros.SHAPES` for a model of stock shape with many zeros.
         dtype: of the weights on disk; None is the parent's.
         force: replace an existing checkpoint.
-        verify: reload in a fresh process that does not import sentei, and compare outputs and tokens.
+        verify: reload in a fresh process that does not import sentei, and compare outputs and tokens. A sparse
+            container is read back and compared to the bit instead.
+        masks, scales, activations, zstd: of a sparse container, see `sparse.write`; a weight with a scale is written as
+            int8 codes, and its value must be code * scale.
+        files: name in the folder -> file or folder that goes along.
     Returns:
         the folder.
     Raises:
@@ -59,16 +69,30 @@ def save(
     """
     out = check_output(out, parent=parent, force=force)
     source = reading.inspect(parent, trust_remote_code=True)  # its code is not run here
-    written = forms.form(model, shape)
     dtype = dtype or source.dtype
-    state = {name: tensor.detach().cpu().to(dtype) for name, tensor in forms.tensors(model, written).items()}
-    _check_space(out, state)
+    stock = shape in zeros.SHAPES
+    if stock:
+        written = forms.Form(shape, model.config, type(model), tuple(structure.sizes(model)))
+        state = {}
+    else:
+        written = forms.form(model, shape)
+        state = {name: tensor.detach().cpu().to(dtype) for name, tensor in forms.tensors(model, written).items()}
+    _check_space(out, state or model.state_dict())
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        saved = _write_model(partial, model, tokenizer, written, state, dtype)
+        saved = model
+        if stock:
+            zeros.write(partial, model, shape, dtype, masks, scales, activations, zstd)
+            tokenizer.save_pretrained(partial)
+        else:
+            saved = _write_model(partial, model, tokenizer, written, state, dtype)
+        for name, place in (files or {}).items():
+            shutil.copytree(place, partial / name) if place.is_dir() else shutil.copyfile(place, partial / name)
         account = _account(model, source, parent, record, written, saved, partial)
-        if verify:
+        if verify and shape == "sparse":
+            account["result"]["largest_difference"] = zeros.check(partial, model, dtype, scales)
+        elif verify:
             account["result"]["largest_difference"] = _verify(partial, model, tokenizer, dtype)
         account["result"]["verified"] = verify
         _write_json(partial / "compression.json", account)
@@ -253,7 +277,7 @@ def _verify(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> flo
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Rename; an old checkpoint is moved away first and removed last."""
+    """Rename a finished folder; an old checkpoint is moved away first and removed last."""
     partial.chmod(0o755)  # mkdtemp makes it private
     for file in partial.rglob("*"):
         file.chmod(0o755 if file.is_dir() else 0o644)

@@ -197,6 +197,10 @@ def _run(options: argparse.Namespace) -> int:
     asked = recipe.load(options.recipe)
     if options.out:
         asked = dataclasses.replace(asked, out=options.out)
+    if options.dry_run:
+        for name, stage in recipe.check(asked, force=options.force).items():
+            print(f"{name}\n{stage}")
+        return 0
     with Progress() as report:
         result = recipe.run(asked, force=options.force, report=report)
     if not (Path(result["checkpoint"]) / "compression.json").exists():
@@ -218,6 +222,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if all(gate["passed"] for gate in result["gates"]) else 1
 
 
+def _export(options: argparse.Namespace) -> int:
+    from sentei import checkpoint
+
+    print(f"written {checkpoint.export_dense(options.model, options.out, force=options.force)}")
+    return 0
+
+
 def _list_methods(options: argparse.Namespace) -> int:
     table = Table("method", "what it is", "paper", box=None, pad_edge=False)
     for row in methods():
@@ -235,5 +246,6 @@ _COMMANDS = {
     "bench": _bench,
     "report": _report,
     "run": _run,
+    "export": _export,
     "methods": _list_methods,
 }

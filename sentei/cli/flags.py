@@ -132,8 +132,15 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
 
     command = add("run", "make every step of a recipe that is not there yet")
     command.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    command.add_argument("--dry-run", action="store_true", help="check every stage and its data, make nothing")
     command.add_argument("--out", metavar="DIR", help="in place of the recipe's")
     command.add_argument("--force", action="store_true", help="make every step again")
+
+    command = add("export", "write a checkpoint in another form: sparse containers as plain tensors, zeros in full")
+    command.add_argument("model", metavar="DIR", help="folder with a sparse container")
+    command.add_argument("--to", choices=["dense"], default="dense", help="the form (dense)")
+    command.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    command.add_argument("--force", action="store_true", help="replace the folder")
 
     add("methods", "name, paper and purpose of every method")
     return parser, made

@@ -228,7 +228,7 @@ def run(
         if stored := (stage.get("record") or {}).get("seen_prompts"):
             prompts.check_unseen(rows, stored)
             fields = stage.get("fields") or {}
-    seq_len = seq_len or fields.get("seq_len", 512)
+    seq_len = int(seq_len or fields.get("seq_len", 512))
     model, tokenizer = checkpoint.load(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     made = Template(tokenizer, template or fields.get("template", "plain"))
     found = measure(model, rows, made, seq_len=seq_len, batch_size=batch_size)

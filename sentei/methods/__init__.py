@@ -17,6 +17,10 @@ METHODS: dict[str, str] = {
     "heal": "sentei.methods.heal:Heal",
     "prune_peft": "sentei.methods.prune_peft:PrunePEFT",
     "atp": "sentei.methods.atp:ATP",
+    "prune_once_teacher": "sentei.methods.prune_once.pretrain:Teacher",
+    "prune_once_student": "sentei.methods.prune_once.pretrain:Student",
+    "prune_once_transfer": "sentei.methods.prune_once.transfer:Transfer",
+    "prune_once_quantise": "sentei.methods.prune_once.quantise:Quantise",
 }
 
 Progress = Callable[[dict[str, Any]], None]

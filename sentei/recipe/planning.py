@@ -65,6 +65,8 @@ def plan(
         lines["may go"] = f"{units.total:,} parameters ({units.total / layers:.1%} of the layers)"
         lines["will go"] = f"{total - left:,} parameters: {shares}"
         lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
+    elif outline := getattr(job.method, "outline", None):  # methods that remove no unit, only weights
+        lines |= outline(loaded)
     batch, seq_len = _batch(job.method)
     documents = text.train if type(job.method).reads == "text" else [str(row) for row in text.train]
     block_NT = texts.blocks(documents, tokenizer, seq_len, num=batch).to(next(loaded.parameters()).device)

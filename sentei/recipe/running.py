@@ -14,7 +14,7 @@ import yaml
 
 from sentei import methods
 from sentei.methods import Progress
-from sentei.recipe.fields import check_keys, method_fields
+from sentei.recipe.fields import check_keys, make_method, method_fields
 from sentei.recipe.gates import judge, parse_gate, values_of
 from sentei.recipe.stage import Job, compress, find_model, load_data, parent_of, silent, write, write_yaml
 
@@ -22,6 +22,7 @@ EVALUATE = (
     "texts", "contexts", "stride", "max_blocks", "add_bos", "tasks", "include_path", "limit", "batch_size", "domain",
 )  # fmt: skip
 BENCHMARK = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "warmup", "threads", "dtype", "device")
+STAGE = ("name", "method", "data", "text_field", "teacher", "after")  # keys of a stage that are no fields
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,24 @@ def load(path: str | Path) -> Recipe:
     return Recipe(**content)
 
 
+def check(recipe: Recipe, *, force: bool = False) -> dict[str, str]:
+    """Refuse what `run` would refuse before its first step: stage -> its settings, every field written out.
+
+    Raises:
+        ValueError: as `run`.
+    """
+    model = find_model(recipe.model)
+    dense = str(Path(recipe.out) / "parent") if model.endswith(".gguf") else recipe.model
+    made = {}
+    for name, job in _check_stages(recipe, model, dense, force):
+        known = method_fields(job["method"])
+        method = make_method(job["method"], {key: value for key, value in job.items() if key in known})
+        shown = {key: job[key] for key in ("model", "teacher", "data", "out") if job[key] is not None}
+        lines = {**shown, "method": job["method"], **dataclasses.asdict(method)}
+        made[name] = "".join(f"    {key}: {value}\n" for key, value in lines.items())
+    return made
+
+
 def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) -> dict[str, Any]:
     """Make every step of a recipe that is not there yet, from the same settings.
 
@@ -186,42 +205,50 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
     jobs: list[tuple[str, dict[str, Any]]] = []
     dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
     previous = start
+    places: dict[str, str] = {}
     readable: list[Any] = []
     for name, stage in zip(recipe.names(), recipe.stages, strict=True):
-        fields = {key: value for key, value in stage.items() if key not in ("name", "method", "data", "teacher")}
+        fields = {k: v for k, v in stage.items() if k not in STAGE}
+        if "after" in stage and stage["after"] not in ("parent", *places):
+            known = ", ".join(["parent", *places])
+            raise ValueError(f"stage {name} comes after {stage['after']!r}; expected a stage before it: {known}")
+        if "after" in stage:
+            previous = places.get(stage["after"], start)
         if recipe.seed is not None and "seed" in method_fields(stage["method"]):
             fields.setdefault("seed", recipe.seed)
         out = Path(recipe.out) / name
         kind = methods.load(stage["method"])
-        teacher = stage.get("teacher", dense if kind.needs_teacher else None)
+        teacher = stage.get("teacher", dense if kind.needs_teacher is True else None)
+        teacher = places.get(str(teacher), teacher)  # a stage of this recipe, by its name
+        text_field = stage.get("text_field", recipe.text_field)
         arguments = {
             "model": previous,
             "method": stage["method"],
             "out": out,
             "data": stage.get("data", recipe.data),
-            "text_field": recipe.text_field,
+            "text_field": text_field,
             "dtype": recipe.dtype,
             "teacher": teacher,
             "trust_remote_code": recipe.trust_remote_code,
             **fields,
         }
         # The folder of the stage before, and an unpacked parent, need not be there yet: the model stands in for them.
-        trust, there = recipe.trust_remote_code, model if teacher == start else teacher
+        trust, there = recipe.trust_remote_code, model if teacher in (start, *places.values()) else teacher
         job = Job.check(model, stage["method"], fields, out, force=True, teacher=there, trust_remote_code=trust)
         asked = [job.method.reads, arguments["data"]]
         if asked not in readable:  # unreadable data is told before anything is written
-            load_data(job.method, arguments["data"], recipe.text_field)
+            load_data(job.method, arguments["data"], text_field)
             readable.append(asked)
         unpacked = start if teacher == start != recipe.model else job.teacher
-        resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(
-            arguments["data"], recipe.text_field
-        )
+        if teacher in places.values():
+            unpacked = str(teacher)
+        resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(arguments["data"], text_field)
         stamp = out / "recipe.yaml"
         same = stamp.exists() and yaml.safe_load(stamp.read_text(encoding="utf-8")) == resolved
         if out.exists() and not same and not force:
             raise FileExistsError(f"{out} was made from other settings; give another `out` in the recipe, or --force")
         jobs.append((name, arguments))
-        previous = str(out)
+        previous = places[name] = str(out)
     return jobs
 
 

@@ -37,7 +37,7 @@ def compress(
     A run that was stopped leaves its state in a hidden folder beside `out`, and the same call goes on from there.
 
     Args:
-        model: a folder, a .gguf file, a hub id, or "smollm2".
+        model: a folder, a .gguf file, a hub id, or an example: "smollm2" or "minilm".
         method: a name in `sentei.methods.METHODS`.
         out: the new folder. Its parts appear at once or not at all.
         data: what `sentei.data.load` takes, None being the Python reference; what `sentei.data.examples.load` takes for
@@ -72,6 +72,7 @@ def compress(
         record = job.method.compress(loaded, tokenizer, text, workdir=workdir, report=report, **arguments)
         if not first_process():
             return job.out  # the first one has the same model, and writes it
+        saving = {"model": loaded} | record.pop("saving", {})
         arguments.clear()  # the teacher's memory is free for the check of the save
         stage = {
             "method": method,
@@ -81,23 +82,13 @@ def compress(
             "record": record,
         }
         say({"message": f"saving {job.out} and loading it again"})
+        shared = {"tokenizer": tokenizer, "out": job.out, "parent": str(job.model), "record": stage, "force": force}
         if job.saves_adapter:
-            pages = job.method.pages(record)
             fallback = workdir / job.method.fallback if record.get("fallback") else None
-            checkpoint.adapters.save(
-                loaded,
-                tokenizer,
-                job.out,
-                parent=str(job.model),
-                record=stage,
-                pages=pages,
-                fallback=fallback,
-                force=force,
-            )
+            pages = job.method.pages(record)
+            checkpoint.adapters.save(**saving, **shared, pages=pages, fallback=fallback)
         else:
-            checkpoint.save(
-                loaded, tokenizer, job.out, parent=str(job.model), record=stage, shape=job.shape, force=force
-            )
+            checkpoint.save(**saving, **shared, shape=job.shape)
         write_yaml(job.out / "recipe.yaml", resolved)
     return job.out
 
@@ -174,7 +165,7 @@ class Job:
         _check_sparsity(fields)
         method = make_method(name, fields)
         needs_teacher = type(method).needs_teacher
-        if teacher is not None and not needs_teacher:
+        if teacher is not None and needs_teacher is False:
             raise ValueError(f"method {name} has no teacher; leave it out")
         from sentei import checkpoint
 
@@ -184,10 +175,10 @@ class Job:
             check = checkpoint.adapters.check_output if type(method).saves == "adapter" else checkpoint.check_output
             check(out, parent=path, force=force)
             _check_space(Path(out), source.bytes)
-        found = (find_model(teacher) if teacher else parent_of(path)) if needs_teacher else None
+        found = find_model(teacher) if teacher else parent_of(path) if needs_teacher is True else None
         if found is not None:
             checkpoint.inspect(found, trust_remote_code=trust_remote_code)
-        shape = method.shape if method.structural else _saved_shape(path)
+        shape = method.shape if "shape" in dataclasses.asdict(method) else _saved_shape(path)
         return Job(str(model), path, name, method, Path(out or ""), shape, found)
 
     def resolved(self, data: Any, text_field: str) -> dict[str, Any]:
@@ -223,12 +214,12 @@ def _check_sparsity(fields: Mapping[str, Any]) -> None:
 
 
 def find_model(model: str | Path) -> str:
-    """What `checkpoint.load` is given for a name: the same, or the file of "smollm2"."""
-    if str(model) != "smollm2":
+    """What `checkpoint.load` is given for a name: the same, or the place of "smollm2" or "minilm"."""
+    if str(model) not in ("smollm2", "minilm"):
         return str(model)
     from sentei import checkpoint
 
-    return str(checkpoint.example_model())
+    return str(checkpoint.example_model() if str(model) == "smollm2" else checkpoint.example_encoder())
 
 
 def parent_of(checkpoint: str, flag: str = "--teacher") -> str:

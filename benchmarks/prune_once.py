@@ -1,0 +1,335 @@
+"""Prune Once for All and its rivals: one sparse checkpoint, many tasks, int8 at the end.
+
+    python benchmarks/prune_once.py --model MINILM --out results/prune-once-minilm.json --work runs/prune-once \
+        --corpus ../shared/data/wikitext-103-tok/valid.txt ../shared/data/tinystories/tinystories.jsonl.gz
+    python benchmarks/prune_once.py --out results/prune-once-minilm.json --markdown
+
+Every row has the same corpus, teacher, tokens, tokenizer and transfer recipe:
+
+dense            A's output, fine-tuned: the ceiling, and the task teacher of all others
+prune once       the method: pruned in pre-training with the teacher, pattern locked; then int8
+1x4              the same in blocks of four
+one-shot         (a) A's output pruned at once by magnitude, then fine-tuned with the pattern locked
+random           the same with a random pattern of the same sparsity: the floor
+no distillation  (b) pruned in pre-training without the teacher
+per task         (c) A's output, pruned gradually while it is fine-tuned, for every task anew
+small dense      (d) as many layers as take the same int8 bytes, trained on the same tokens against the teacher
+
+Checkpoints that rows share stay in --work; a second run makes the rows that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sentei
+from sentei import checkpoint, structure
+from sentei.checkpoint import sparse, zeros
+from sentei.methods.prune_once import lock, pattern
+
+KINDS = ("dense", "prune once", "1x4", "one-shot", "random", "no distillation", "per task", "small dense")
+SPARSE = ("prune once", "1x4", "one-shot", "random", "no distillation", "per task")
+
+
+def tasks(root: Path) -> dict[str, dict[str, Any]]:
+    """Name -> what `compress` is given: rows, their fields, and the kind where it is not told by the labels."""
+    glue = root / "glue"
+    return {
+        "sst2": {
+            "data": {
+                "train": str(glue / "sst2_sentences/train.tsv"),
+                "validation": str(glue / "sst2_sentences/dev.tsv"),
+                "test": str(glue / "sst2_sentences/test.tsv"),
+            },
+            "text_field": "sentence",
+        },
+        "mrpc": {
+            "data": {"train": str(glue / "mrpc/train.tsv"), "test": str(glue / "mrpc/test.tsv")},
+            "text_field": "sentence1",
+            "pair_field": "sentence2",
+        },
+        "stsb": {
+            "data": {part: str(glue / f"stsb/{file}.tsv") for part, file in PARTS.items()},
+            "text_field": "sentence1",
+            "pair_field": "sentence2",
+            "label_field": "score",
+            "task": "regression",
+        },
+        "cola": {
+            "data": {
+                "train": str(glue / "cola/in_domain_train.tsv"),
+                "validation": str(glue / "cola/in_domain_dev.tsv"),
+                "test": str(glue / "cola/out_of_domain_dev.tsv"),
+            },
+            "text_field": "sentence",
+        },
+        "subj": {"data": str(root / "text_cls/subj.jsonl.gz")},
+        "squad": {
+            "data": str(root / "squad_xquad_en/xquad.en.json"),
+            "task": "qa",
+            "seq_len": 256,
+            "stride": 64,
+            "batch_size": 12,
+        },
+    }
+
+
+PARTS = {"train": "train", "validation": "dev", "test": "test"}
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    if args.markdown:
+        print(markdown(json.loads(out.read_text())))
+        return
+    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    table |= {
+        "model": Path(args.model).name,
+        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "work", "markdown", "rows")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"sentei": sentei.__version__, "torch": torch.__version__},
+    }
+    for seed in args.seeds:
+        for task in args.tasks:
+            for kind in args.rows:
+                for sparsity in args.sparsity if kind in SPARSE or kind == "small dense" else [0.0]:
+                    wanted = {"kind": kind, "sparsity": sparsity, "task": task, "seed": seed}
+                    if any(wanted.items() <= row.items() for row in table["rows"]):
+                        continue
+                    started = time.monotonic()
+                    row = wanted | make(args, **wanted) | {"seconds": time.monotonic() - started}
+                    table["rows"].append(row)
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    part = out.with_name(f".{out.name}.part")
+                    part.write_text(json.dumps(table, indent=1) + "\n")
+                    part.replace(out)
+                    print(kind, sparsity, task, seed, row["scores"], flush=True)
+
+
+def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, seed: int) -> dict[str, Any]:
+    """One row: the shared checkpoint it starts from, the transfer and, for the method itself, int8."""
+    work = Path(args.work)
+    teacher = dense_task(args, task, seed)
+    if kind == "dense":
+        return {"scores": record_of(teacher)["scores"], "metric": record_of(teacher)["metric"]} | sizes(teacher)
+    start = shared(args, kind, sparsity)
+    place = work / "tasks" / f"{kind}-{sparsity}-{task}-{seed}".replace(" ", "-")
+    fields = how(args, task, seed)
+    if kind == "per task":
+        fields |= {"lock": False, "prune": sparsity}
+        # Equal tokens: what the student saw in pre-training is added to this task's fine-tuning, up to a limit.
+        fields["epochs"] = fields["epochs"] * args.per_task_epochs
+    if kind == "small dense":
+        fields |= {"lock": False}
+    once(place, lambda: sentei.compress(start, method="prune_once_transfer", teacher=teacher, out=place, **fields))
+    record = record_of(place)
+    row = {"scores": record["scores"], "metric": record["metric"], "mask_sha256": record["mask_sha256"]} | sizes(place)
+    if kind in ("prune once", "1x4") and not args.no_int8:
+        quantised = place.with_name(f"{place.name}-int8")
+        extra = {"fast_path": "torch_1x4"} if kind == "1x4" else {}
+        fields = how(args, task, seed) | {
+            "epochs": args.int8_epochs, "lr": args.int8_lr, "scope": "linear+embeddings", "scheme": args.scheme,
+        }  # fmt: skip
+        once(
+            quantised,
+            lambda: sentei.compress(
+                place, method="prune_once_quantise", teacher=teacher, out=quantised, **fields, **extra
+            ),
+        )
+        made = record_of(quantised)
+        row["int8"] = {key: made[key] for key in ("scores", "drop", "bytes", "sparsity_int8")} | sizes(quantised)
+        row["same_zeros"] = made["mask_sha256"] == record["mask_sha256"] == record_of(start)["mask_sha256"]
+        if not args.keep:
+            shutil.rmtree(quantised)
+    if not args.keep:
+        shutil.rmtree(place)
+    return row
+
+
+def dense_task(args: argparse.Namespace, task: str, seed: int) -> Path:
+    place = Path(args.work) / "tasks" / f"dense-{task}-{seed}"
+    fields = how(args, task, seed) | {"lr": args.dense_lr}
+    start = teacher_of(args)
+    once(place, lambda: sentei.compress(start, method="prune_once_transfer", lock=False, out=place, **fields))
+    return place
+
+
+def how(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
+    fields = {"seq_len": args.task_seq_len, "batch_size": 32} | tasks(Path(args.data))[task]
+    return fields | {
+        "epochs": args.epochs, "lr": args.lr, "seed": seed, "limit": args.limit, "held_limit": args.held_limit,
+    }  # fmt: skip
+
+
+def pretraining(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "data": args.corpus, "batch_size": args.batch_size, "seq_len": args.seq_len, "lr": args.pretrain_lr,
+    }  # fmt: skip
+
+
+def teacher_of(args: argparse.Namespace) -> Path:
+    place = Path(args.work) / "teacher"
+    fields = pretraining(args) | {"steps": args.teacher_steps}
+    return once(place, lambda: sentei.compress(args.model, method="prune_once_teacher", out=place, **fields))
+
+
+def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
+    """The checkpoint that all tasks of a row start from."""
+    teacher = teacher_of(args)
+    if kind == "per task":
+        return teacher
+    place = Path(args.work) / f"{kind}-{sparsity}".replace(" ", "-")
+    if kind in ("one-shot", "random"):
+        return once(place, lambda: at_once(teacher, place, sparsity, random=kind == "random"))
+    if kind == "small dense":
+        return once(place, lambda: small_dense(args, teacher, place, sparsity))
+    fields = pretraining(args) | {"steps": args.steps, "sparsity": sparsity}
+    if kind == "1x4":
+        fields["pattern"] = "1x4"
+    if kind == "no distillation":
+        fields |= {"kd_hard": 1.0, "kd_soft": 0.0}
+    return once(place, lambda: sentei.compress(teacher, method="prune_once_student", out=place, **fields))
+
+
+def at_once(teacher: Path, place: Path, sparsity: float, *, random: bool) -> Path:
+    """Prune the teacher without any training: by magnitude, or at random."""
+    model, tokenizer = checkpoint.load(teacher, dtype="float32")
+    matrices = lock.prunable(model)
+    weights = {name: p.detach() for name, p in matrices.items()}
+    if random:
+        generator = torch.Generator().manual_seed(0)
+        weights = {name: torch.rand(p.shape, generator=generator) for name, p in weights.items()}
+    with lock.Lock(matrices, pattern.masks(weights, sparsity)) as held:
+        record = {"method": "at once", "fields": {"random": random}, "seed": 0, "data": {}}
+        record["record"] = {"mask_sha256": held.checksum(), "sparsity": held.sparsity}
+        return checkpoint.save(model, tokenizer, place, parent=teacher, record=record, shape="sparse", masks=held.masks)
+
+
+def small_dense(args: argparse.Namespace, teacher: Path, place: Path, sparsity: float) -> Path:
+    """Fewer layers, as many as int8 fits into the bytes of the sparse int8 matrices; healed on the same tokens."""
+    model, _ = checkpoint.load(teacher, dtype="float32")
+    blocks, total = len(structure.layers(model)), sum(p.numel() for p in lock.prunable(model).values())
+    layers = max(1, round((total / 8 + (1 - sparsity) * total) / (total / blocks)))
+    cut = place.with_name(f"{place.name}-cut")
+    gone = (blocks - layers) / blocks
+    calibration = {"calibration_samples": 32, "calibration_seq_len": args.seq_len, "data": args.corpus}
+    once(
+        cut,
+        lambda: sentei.compress(
+            teacher, method="one_shot", criterion="block_influence", granularity="layers", sparsity=gone - 1e-6,
+            out=cut, **calibration,
+        ),
+    )  # fmt: skip
+    fields = pretraining(args) | {"mode": "full", "steps": args.steps, "teacher": teacher}
+    return sentei.compress(cut, method="heal", kl_weight=0.5, ce_weight=0.5, temperature=2.0, out=place, **fields)
+
+
+def once(place: Path, do: Any) -> Path:
+    if not place.exists():
+        do()
+    return place
+
+
+def record_of(place: Path) -> dict[str, Any]:
+    return json.loads((place / "compression.json").read_text())["stages"][-1]["record"]
+
+
+def sizes(place: Path) -> dict[str, int]:
+    file = next(file for file in place.glob("model*.safetensors"))
+    model, _ = checkpoint.load(place, dtype="float32")
+    matrices = lock.lockable(model)
+    whole = {"bytes": file.stat().st_size, "zeros": int(sum((p == 0).sum() for p in matrices.values()))}
+    state = {name: tensor for name, tensor in zeros.unique(model).items() if name in matrices}
+    return whole | {"matrices": sparse.size(state) if file.name == sparse.FILE else 0}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Mean and spread over seeds of each task's score (per cent), test rows; then int8 and bytes."""
+    rows = table["rows"]
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [f"{table['model']}; {table['machine']}; test rows, mean ± standard deviation over seeds", ""]
+    lines += ["| | sparse | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for label, pick in (("", lambda row: row["scores"]), (", int8 in OpenVINO", lambda row: int8_scores(row))):
+        for kind in KINDS:
+            for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
+                chosen = [row for row in rows if row["kind"] == kind and row["sparsity"] == sparsity]
+                cells = [cell([pick(row) and pick(row)["test"][row["metric"]] for row in chosen if row["task"] == name])
+                         for name in names]  # fmt: skip
+                if any(c != "-" for c in cells):
+                    lines.append(f"| {kind}{label} | {sparsity:.0%} | " + " | ".join(cells) + " |")
+    lines += ["", "| int8 | sparse | file MB | matrices MB | of fp32 matrices | int8 + zstd -19 | drop, points |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for kind in ("prune once", "1x4"):
+        for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
+            made = [
+                row["int8"] for row in rows if row["kind"] == kind and row["sparsity"] == sparsity and "int8" in row
+            ]
+            if made:
+                table_of = made[0]["bytes"]
+                ours, fp32, rival = (table_of[name]["matrices"] for name in ("ours", "fp32", "int8 + zstd -19"))
+                drop = statistics.mean(100 * one["drop"] for one in made)
+                lines.append(
+                    f"| {kind} | {sparsity:.0%} | {made[0]['bytes']['ours']['whole'] / 1e6:.2f} | {ours / 1e6:.3f} | "
+                    f"{fp32 / ours:.1f}x | {fp32 / rival:.1f}x | {drop:.2f} |"
+                )
+    return "\n".join(lines)
+
+
+def int8_scores(row: dict[str, Any]) -> dict[str, Any] | None:
+    scores = row["int8"]["scores"] if "int8" in row else None
+    return scores.get("openvino", scores["torch"]) if scores else None
+
+
+def cell(values: list[Any]) -> str:
+    found = [100 * value for value in values if value is not None]
+    if not found:
+        return "-"
+    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.1f}{spread}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="folder of an encoder, with or without a language-model head")
+    parser.add_argument("--corpus", nargs="+", default=["python-docs"], help="texts of stages A and B")
+    parser.add_argument("--data", default="../shared/data", help="folder of the tasks")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--work", default="runs/prune-once")
+    parser.add_argument("--rows", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--tasks", nargs="+", default=list(tasks(Path())))
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.8, 0.85, 0.9])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--pretrain-lr", type=float, default=1e-4)
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--per-task-epochs", type=float, default=2, help="the rival per task gets so many times more")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--dense-lr", type=float, default=5e-5)
+    parser.add_argument("--int8-epochs", type=float, default=1)
+    parser.add_argument("--int8-lr", type=float, default=1e-5)
+    parser.add_argument("--scheme", default="int8")
+    parser.add_argument("--no-int8", action="store_true")
+    parser.add_argument("--task-seq-len", type=int, default=64)
+    parser.add_argument("--limit", type=int, help="training rows of a task")
+    parser.add_argument("--held-limit", type=int, help="validation and test rows of a task")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints of tasks")
+    parser.add_argument("--markdown", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Prune Once for All, the int8 stage: with a runtime where it is installed, and codes alone without one."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+
+from sentei import data
+from sentei.checkpoint import sparse
+from sentei.data import examples
+from sentei.methods.prune_once import lock, quantise
+from sentei.methods.prune_once.quantise import Quantise
+from sentei.recipe import make_method
+
+WORDS = ["tree", "leaf", "root", "twig", "bark", "moss", "seed", "stem", "bud", "vine"]
+FEW = {"epochs": 1, "batch_size": 8, "seq_len": 24, "calibration_rows": 16}
+needs_runtime = pytest.mark.skipif(
+    importlib.util.find_spec("nncf") is None or importlib.util.find_spec("openvino") is None,
+    reason="needs pip install 'sentei[openvino]'",
+)
+
+
+def sentence(i):
+    return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, 4))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.tsv"
+    lines = dict.fromkeys(f"{sentence(i)} {i}\t{'good' if i % 2 else 'bad'}" for i in range(60))
+    file.write_text("text\tlabel\n" + "\n".join(lines) + "\n")
+    return examples.load(str(file))
+
+
+def sparse_model(auto=AutoModelForSequenceClassification, *, block=1, **more):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        max_position_embeddings=66, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1}, **more,
+    )  # fmt: skip
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for p in lock.prunable(model).values():
+            rows = p.reshape(-1, block)
+            rows[rows.abs().mean(1).argsort()[: int(0.8 * len(rows))]] = 0.0
+            p.mul_(5)
+    return model
+
+
+def zero_sets(model, names):
+    state = dict(model.named_parameters())
+    return {name: state[name] == 0 for name in names}
+
+
+def test_codes_without_a_runtime(rows, words, tmp_path):
+    """scheme weights: nothing is trained, zeros stay, values are code * step, the file is a quarter or less."""
+    model = sparse_model()
+    before = zero_sets(model, lock.prunable(model))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    record = Quantise(scheme="weights", scope="linear+embeddings", **FEW).compress(model, words, rows)
+    after = zero_sets(model, before)
+    assert all(torch.equal(before[name], before[name] & after[name]) for name in before)
+    steps = record["saving"]["scales"]
+    assert "bert.embeddings.word_embeddings.weight" in steps and set(before) <= set(steps)
+    for name, p in model.named_parameters():
+        if name in steps:
+            assert (p - weights[name]).abs().max() <= 0.5001 * steps[name].max()
+        else:
+            assert torch.equal(p, weights[name])
+    table = record["bytes"]
+    assert table["ours"]["matrices"] < table["int8"]["matrices"] < table["fp16"]["matrices"] < table["fp32"]["matrices"]
+    assert set(record["scores"]) == {"fp32", "torch"}
+    json.dumps({key: value for key, value in record.items() if key != "saving"}, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scheme": "int4"}, "scheme is one of"),
+        ({"scope": "none"}, "scope is one of"),
+        ({"fast_path": "cuda"}, "fast_path is one of"),
+        ({"calibration_rows": 0}, "calibration_rows must be above 0"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Quantise(**{"scheme": "weights", **fields})
+
+
+def test_without_the_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "nncf" else find(name, *a))
+    with pytest.raises(ValueError, match=r"pip install 'sentei\[openvino\]' \(not found: nncf\)"):
+        make_method("prune_once_quantise", {})
+    make_method("prune_once_quantise", {"scheme": "weights"})
+
+
+def test_the_fast_path_needs_blocks(rows, words):
+    with pytest.raises(ValueError, match="needs pattern 1x4"):
+        Quantise(scheme="weights", fast_path="torch_1x4", **FEW).compress(sparse_model(), words, rows)
+
+
+def test_a_dense_model_is_refused(rows, words):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(sparse_model().config)
+    with pytest.raises(ValueError, match="nothing to lock"):
+        Quantise(scheme="weights", **FEW).compress(model, words, rows)
+
+
+@needs_runtime
+@pytest.mark.slow  # NNCF compiles its extension on a new machine
+@pytest.mark.parametrize(
+    "how", [{}, {"scope": "linear+embeddings"}, {"scheme": "int8_paper"}, {"fast_path": "torch_1x4"}], ids=str
+)
+def test_int8_in_the_runtime(how, rows, words, tmp_path):
+    model = sparse_model(block=4 if how.get("fast_path") else 1)
+    before = zero_sets(model, lock.prunable(model))
+    record = Quantise(**FEW | {"lr": 1e-3} | how).compress(model, words, rows, workdir=tmp_path)
+    after = zero_sets(model, before)
+    assert all(torch.equal(before[name], before[name] & after[name]) for name in before)
+    assert set(record["scores"]) == {"fp32", "torch", "openvino", "openvino f32"}
+    saving = record["saving"]
+    assert (saving["files"]["openvino"] / "openvino_model.bin.zst").stat().st_size == record["bytes"]["ir zst"]
+    # the container's values are those of the runtime: same logits in torch with the codes, but for the inputs' rounding
+    steps = saving["scales"]
+    state = dict(model.named_parameters())
+    most = 64 if how.get("fast_path") else 127
+    for name in before:
+        step = steps[name].reshape(-1, 1)
+        codes = (state[name] / step).round()
+        assert codes.abs().max() <= most and torch.equal(codes * step, state[name])
+        assert (step.numel() == 1) == (how.get("scheme") == "int8_paper")
+    sparse.write(tmp_path / "m", {n: (state[n] / steps[n].reshape(-1, 1)).round().to(torch.int8) for n in before},
+                 scales={n: steps[n] for n in before})  # fmt: skip
+    assert all(torch.equal(value, state[name]) for name, value in sparse.read(tmp_path / "m").items())
+
+
+@needs_runtime
+@pytest.mark.slow
+def test_runtime_equals_training(rows, words):
+    """The IR computes what the quantised torch model computes, to 1e-6, after training has moved the weights."""
+    from sentei.export import openvino
+
+    method = Quantise(**FEW | {"lr": 1e-3})
+    model = sparse_model()
+    task = method._task(rows, words)
+    quantised = method._quantised(model, task)
+    found = quantise._weight_quantisers(quantised, quantise._example(task))
+    clamp = quantise._Clamp(quantised, found)
+    method._learn(quantised, task, None, between=lambda step, state: clamp(), workdir=None, report=None)
+    made = openvino.convert(quantised, quantise._example(task))
+    batch = task.collate(task.encoded("test"))
+    inputs = {name: x for name, x in batch.items() if name != "targets"}
+    with torch.no_grad():
+        wanted = quantised.eval()(**inputs).logits
+    (logits,) = openvino.runner(made, precision="f32")(inputs)
+    torch.testing.assert_close(logits, wanted, atol=1e-6, rtol=1e-5)
+
+
+@needs_runtime
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qa", "clm"])
+def test_other_kinds_in_the_runtime(kind, words, tmp_path):
+    words.model_input_names = ["input_ids", "attention_mask"]
+    if kind == "qa":
+        model = sparse_model(AutoModelForQuestionAnswering)
+        row = {
+            "id": "0",
+            "context": "the old tree by the river",
+            "question": "what",
+            "answers": [{"text": "tree", "start": 8}],
+        }
+        rows = examples.Examples("qa", [row] * 9, [row] * 2, [row] * 2, None, "q", "0" * 64)
+    else:
+        from transformers import LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=128, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                             num_attention_heads=3, num_key_value_heads=3)  # fmt: skip
+        model = LlamaForCausalLM(config).eval()
+        with torch.no_grad():
+            for p in lock.prunable(model).values():
+                p[p.abs() < p.abs().median()] = 0.0
+        documents = [sentence(i) * 4 for i in range(20)]
+        rows = data.Text(documents, documents[:4], documents[4:8], "t", "0" * 64)
+    record = Quantise(task=kind, **FEW | {"seq_len": 40 if kind == "qa" else 24}).compress(
+        model, words, rows, workdir=tmp_path
+    )
+    torch_score, runtime_score = (
+        record["scores"][place]["test"][record["metric"]] for place in ("torch", "openvino f32")
+    )
+    assert runtime_score == pytest.approx(torch_score, rel=1e-3)

@@ -1,0 +1,506 @@
+"""Prune Once for All, stage by stage on tiny models: what is sparse stays sparse, what is killed goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import BertConfig, BertForPreTraining, BertModel
+
+import sentei
+from sentei import checkpoint, data
+from sentei.checkpoint import sparse
+from sentei.distill import Distillation
+from sentei.methods.prune_once import lock, pretrain
+from sentei.methods.prune_once.next_sentence import NextSentence, pairs
+from sentei.methods.prune_once.pretrain import Student, Teacher, masked_rows
+from sentei.methods.prune_once.tasks import TaskLoss
+from sentei.methods.prune_once.transfer import Transfer
+
+FEW = {"batch_size": 2, "seq_len": 16, "lr": 1e-3, "eval_tokens": 64}
+WORDS = ["tree", "leaf", "root", "twig", "bark", "moss", "seed", "stem", "bud", "vine"]
+
+
+def sentence(i):
+    return " ".join(WORDS[(i * k + k) % len(WORDS)] for k in range(1, 6)) + "."
+
+
+@pytest.fixture(scope="module")
+def text():
+    documents = [" ".join(sentence(7 * d + s) for s in range(8)) for d in range(12)]
+    return data.Text(documents, documents[:2], documents[2:3], "trees", "1" * 64)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.tsv"
+    lines = [f"{sentence(i)}\t{'good' if i % 2 else 'bad'}" for i in range(60)]
+    file.write_text("sentence\tlabel\n" + "\n".join(dict.fromkeys(lines)) + "\n")
+    return str(file)
+
+
+@pytest.fixture
+def corpus(tmp_path, text):
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{d} {i}"}) + "\n" for i, d in enumerate(text.train * 3)))
+    return str(file)
+
+
+@pytest.fixture
+def parent(tmp_path, words):
+    tiny_model("bert").save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    return tmp_path / "parent"
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_kl_by_hand():
+    """t^2 KL, t = 2, through a model whose logits are its input."""
+    loss = TaskLoss("classification", None, soft=1.0, temperature=2.0)
+    for theirs, mine, wanted in (([2.0, 0.0], [0.0, 0.0], 0.443776), ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], 1.280627)):
+        found = loss._distance([torch.tensor([mine])], [torch.tensor([theirs])])
+        assert float(found) == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mlm", "classification", "qa"])
+def test_distillation_of_itself_is_nothing(kind, tokens):
+    model = tiny_model("bert") if kind == "mlm" else with_head(kind)
+    batch = batch_for(kind, tokens)
+    if kind == "mlm":
+        found = Distillation(model, 2.0, 0.0, 1.0, positions="all")(model, batch)["kl"]
+    else:
+        found = TaskLoss(kind, model)(model, batch)["kd"]
+    assert abs(float(found)) < 1e-6
+
+
+def with_head(kind, family="bert"):
+    from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+    made = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    return made.from_config(tiny_model(family).config).eval()
+
+
+def batch_for(kind, tokens):
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    targets = {
+        "mlm": tokens.masked_fill(torch.arange(12) % 4 > 0, -100), "classification": torch.tensor([0, 1]),
+        "qa": torch.tensor([[1, 3], [0, 2]]),
+    }  # fmt: skip
+    return batch | {"targets": targets[kind]}
+
+
+@pytest.mark.parametrize("kind", ["mlm", "classification", "qa"])
+def test_losses_do_not_see_padding(kind, tokens):
+    student, teacher = (tiny_model("bert", seed=s) if kind == "mlm" else with_head(kind) for s in (0, 1))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += 0.05
+    loss = TaskLoss(kind, teacher, 0.5, 0.5)
+    if kind == "mlm":
+        loss = Distillation(teacher, 2.0, 0.5, 0.5, positions="all")
+    batch = batch_for(kind, tokens)
+    more = torch.zeros(2, 5, dtype=torch.long)
+    wide = {name: torch.cat([x, more], 1) for name, x in batch.items() if x.shape == (2, 12)}
+    if kind == "mlm":
+        wide["targets"][:, 12:] = -100
+    padded = batch | wide
+    for name, value in loss(student, batch).items():
+        assert float(loss(student, padded)[name]) == pytest.approx(float(value), abs=1e-5), name
+
+
+def test_chunks_make_no_difference_and_equal_the_full_loss(tokens):
+    student, teacher = tiny_model("bert"), tiny_model("bert", seed=1)
+    batch = batch_for("mlm", tokens)
+    gradients = []
+    for chunk in (3, 100):
+        student.zero_grad()
+        found = Distillation(teacher, 2.0, 0.3, 0.7, chunk=chunk, positions="all")(student, batch)
+        found["loss"].backward()
+        gradients.append([p.grad.clone() for p in student.parameters()])
+    inputs = {name: x for name, x in batch.items() if name != "targets"}
+    mine, theirs = student(**inputs).logits, teacher(**inputs).logits.detach()
+    asked = batch["targets"] != -100
+    ce = torch.nn.functional.cross_entropy(mine[asked], batch["targets"][asked])
+    p, q = ((x / 2).log_softmax(-1) for x in (mine, theirs))
+    full = 0.3 * ce + 0.7 * 4 * (q.exp() * (q - p)).sum(-1).mean()
+    assert float(found["loss"]) == pytest.approx(float(full), rel=1e-5)
+    student.zero_grad()
+    full.backward()
+    for a, b, p in zip(*gradients, student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_rows_have_equal_targets(words):
+    ids = torch.randint(5, 100, (4, 20), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 1
+    batch = masked_rows(ids, words, 0.15, seed=3)
+    chosen = batch["targets"] != -100
+    assert chosen.sum(1).tolist() == [3] * 4 and not chosen[:, 0].any()
+    assert torch.equal(batch["targets"][chosen], ids[chosen]) and torch.equal(batch["input_ids"][~chosen], ids[~chosen])
+
+
+# --- stages A and B -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama", "qwen3"])
+def test_student_of_each_family(family, words, text):
+    model = tiny_model(family)
+    before = state(model)
+    record = Student(steps=100, sparsity=0.8, **FEW).compress(model, words, text)
+    masks = record["saving"]["masks"]
+    for name, p in model.named_parameters():
+        if name in masks:
+            assert int((~masks[name]).sum()) == int(0.8 * p.numel()) and not p[~masks[name]].any()
+        elif p.ndim == 2:
+            assert (p == 0).float().mean() < 0.01, name  # embeddings and heads stay dense
+    assert set(masks) == set(lock.prunable(model))
+    assert record["sparsity"] == pytest.approx(0.8, abs=0.01)
+    assert record["objective"] == ("clm" if len(masks) == 28 else "mlm")
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name not in masks)
+    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
+    json.dumps({key: value for key, value in record.items() if key != "saving"}, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"pattern": "1x4"},
+        {"pattern": "2:4", "sparsity": 0.5},
+        {"scope": "global"},
+        {"ties": "paper"},
+        {"regrow": False},
+    ],
+    ids=str,
+)
+def test_student_patterns(how, words, text):
+    model = tiny_model("bert")
+    record = Student(**{"steps": 100, "sparsity": 0.75, "kd_soft": 0.0, **FEW, **how}).compress(model, words, text)
+    assert record["sparsity"] == pytest.approx(how.get("sparsity", 0.75), abs=0.02)
+    for mask in record["saving"]["masks"].values():
+        groups = mask.reshape(-1, 4).sum(1)
+        if how.get("pattern") == "1x4":
+            assert set(groups.tolist()) <= {0, 4}
+        if how.get("pattern") == "2:4":
+            assert set(groups.tolist()) == {2}
+
+
+def test_the_mask_freezes_and_the_teacher_does_not_move(words, text, monkeypatch):
+    """After t_end the mask no longer moves; the teacher is the model that it started from."""
+    moved, teachers = [], []
+    move = lock.Lock.move
+
+    def watched(self, masks):
+        moved.append(masks)
+        return move(self, masks)
+
+    monkeypatch.setattr(lock.Lock, "move", watched)
+    made = pretrain.Distillation
+
+    def distillation(teacher=None, *args, **more):
+        if teacher is not None:
+            teachers.append(teacher)
+        return made(teacher, *args, **more)
+
+    monkeypatch.setattr(pretrain, "Distillation", distillation)
+    model = tiny_model("bert")
+    before = state(model)
+    steps = []
+    record = Student(steps=100, sparsity=0.6, **FEW).compress(
+        model, words, text, report=lambda event: steps.append((event["step"], "turnover" in event))
+    )
+    assert [step for step, new in steps if new] == list(range(1, 81)) and len(moved) == 80
+    for name, mask in moved[-1].items():
+        assert torch.equal(mask, record["saving"]["masks"][name])
+    for name, p in teachers[0].named_parameters():
+        assert torch.equal(p, before[name])
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [30, 70, 90])
+def test_killed_student_goes_on(at, words, text, tmp_path):
+    """To the bit: weights, masks and dormant values."""
+    method = Student(steps=100, sparsity=0.7, save_every=20, **FEW)
+    whole = tiny_model("bert")
+    record = method.compress(whole, words, text, workdir=tmp_path / "whole")
+
+    def kill(event):
+        if event["step"] == at:
+            raise Killed
+
+    with suppress(Killed):
+        method.compress(tiny_model("bert"), words, text, workdir=tmp_path / "cut", report=kill)
+    resumed = tiny_model("bert")
+    seen = []
+    again = method.compress(resumed, words, text, workdir=tmp_path / "cut", report=lambda e: seen.append(e["step"]))
+    assert seen[0] == at // 20 * 20 + 1
+    assert again["mask_sha256"] == record["mask_sha256"]
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_teacher_gives_an_encoder_its_head(words, text):
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=128, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+                                 intermediate_size=40, max_position_embeddings=66))  # fmt: skip
+    record = Teacher(steps=60, **FEW | {"lr": 3e-3}).compress(model, words, text)
+    made = record["saving"]["model"]
+    assert type(made).__name__ == "BertForMaskedLM"
+    assert made.get_output_embeddings().weight is made.get_input_embeddings().weight
+    assert record["loss_after"] < record["loss_before"]
+
+
+def test_the_student_reads_what_its_teacher_read(parent, corpus, tmp_path):
+    teacher = sentei.compress(parent, method="prune_once_teacher", data=corpus, out=tmp_path / "t", steps=2, **FEW)
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(corpus).read_text().replace("tree", "rock"))
+    with pytest.raises(ValueError, match="trained on another corpus"):
+        sentei.compress(teacher, method="prune_once_student", data=other, out=tmp_path / "s", steps=100, **FEW)
+
+
+def test_next_sentence_pairs(words, text):
+    words.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
+    words.build_inputs_with_special_tokens = lambda a, b: [1, *a, 2, *b, 2]
+    made = pairs(text.train, words, 64, seed=0)
+    assert 0.3 < float(made.random.float().mean()) < 0.8 and made.attention.sum(1).max() <= 64
+    for ids, segments, attention in zip(made.ids, made.segments, made.attention, strict=True):
+        length = int(attention.sum())
+        ends = (ids[:length] == 2).nonzero().flatten().tolist()
+        assert ids[0] == 1 and len(ends) == 2 and ends[1] == length - 1
+        assert not segments[: ends[0] + 1].any() and segments[ends[0] + 1 : length].all()
+    with pytest.raises(ValueError, match="two documents"):
+        pairs(text.train[:1], words, 64, seed=0)
+    torch.manual_seed(0)
+    config = tiny_model("bert").config
+    model, teacher = (BertForPreTraining(config).eval() for _ in range(2))
+    batch = made.batches(2, seed=0, mask=lambda ids, n: masked_rows(ids, words, 0.15, seed=n))(0)
+    same = NextSentence(Distillation(model, 2.0, 0.0, 1.0, positions="all"))(model, batch)
+    assert abs(float(same["loss"])) < 1e-5
+    other = NextSentence(Distillation(teacher, 2.0, 0.5, 0.5, positions="all"))(model, batch)
+    parts = 0.5 * (other["ce"] + other["nsp"]) + 0.5 * (other["kl"] + other["nsp_kl"])
+    assert float(other["loss"]) == pytest.approx(float(parts), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "family", "message"),
+    [
+        ({"objective": "mlm_nsp"}, "bert", "no next-sentence head; use objective mlm"),
+        ({"objective": "clm"}, "bert", "cannot be trained by clm"),
+        ({"objective": "mlm"}, "llama", "cannot be trained by mlm"),
+        ({"include": "nothing"}, "bert", "no weight is left"),
+        ({"pattern": "1x4", "exclude": "key"}, "llama", None),
+    ],
+)
+def test_student_refusals(fields, family, message, words, text):
+    method = Student(steps=100, **FEW | fields)
+    if message is None:
+        method.outline(tiny_model(family))
+        return
+    with pytest.raises(ValueError, match=message):
+        method.compress(tiny_model(family), words, text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 50}, "at least 100 steps"),
+        ({"preset": "huge"}, "preset is one of"),
+        ({"sparsity": 1.5}, "between 0 and 1"),
+        ({"pattern": "2:4"}, "exactly half"),
+        ({"kd_hard": 0.0, "kd_soft": 0.0}, "one above 0"),
+        ({"scope": "layer"}, "scope is matrix or global"),
+        ({"ties": "none"}, "ties is one of"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Student(**fields)
+
+
+# --- stage C, and the commands --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(parent, corpus, tmp_path):
+    fields = {"steps": 100, "sparsity": 0.8} | FEW
+    return sentei.compress(parent, method="prune_once_student", data=corpus, out=tmp_path / "student", **fields)
+
+
+def test_stages_from_folders(parent, student, corpus, rows, tmp_path):
+    """Student in the container; two tasks and a dense teacher from it and its parent; the zeros are the same."""
+    assert (student / sparse.FILE).is_file() and not (student / "model.safetensors").exists()
+    few = {"epochs": 1, "batch_size": 8, "seq_len": 32, "text_field": "sentence", "data": rows}
+    dense = sentei.compress(parent, method="prune_once_transfer", out=tmp_path / "dense", lock=False, **few)
+    task = sentei.compress(student, method="prune_once_transfer", out=tmp_path / "task", teacher=dense, **few)
+    model, _ = sentei.load(student)
+    tuned, _ = sentei.load(task)
+    record = json.loads((task / "compression.json").read_text())["stages"]
+    assert [stage["method"] for stage in record] == ["prune_once_student", "prune_once_transfer"]
+    assert record[0]["record"]["mask_sha256"] == record[1]["record"]["mask_sha256"]
+    assert set(record[1]["record"]["scores"]["validation"]) == {"accuracy", "matthews", "f1"}
+    zeros, tuned_zeros = ({n: p == 0 for n, p in lock.prunable(m).items()} for m in (model, tuned))
+    assert all(torch.equal(zeros[name], tuned_zeros[name]) for name in zeros)
+    assert type(tuned).__name__ == "BertForSequenceClassification" and tuned.config.id2label == {0: "bad", 1: "good"}
+    with pytest.raises(ValueError, match="nothing to lock"):
+        sentei.compress(parent, method="prune_once_transfer", out=tmp_path / "no", **few)
+    assert not (tmp_path / "no").exists()
+    checkpoint.export_dense(task, tmp_path / "plain")
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["regression", "qa", "clm"])
+def test_other_tasks(kind, student, tmp_path, corpus):
+    if kind == "regression":
+        file = tmp_path / "r.tsv"
+        file.write_text("text\tlabel\n" + "".join(f"{sentence(i)} {i}\t{i / 7}\n" for i in range(60)))
+    elif kind == "qa":
+        file = tmp_path / "q.json"
+        paragraphs = [
+            {"context": f"{sentence(i)} {i}", "qas": [{"id": f"{i}", "question": "what", "answers": [
+                {"text": sentence(i)[:4], "answer_start": 0}]}]} for i in range(40)
+        ]  # fmt: skip
+        file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    else:
+        file = corpus
+    out = sentei.compress(
+        student, method="prune_once_transfer", task=kind, data=str(file), out=tmp_path / kind, epochs=1, batch_size=8,
+        seq_len=48 if kind == "qa" else 32, stride=8,
+    )  # fmt: skip
+    record = json.loads((out / "compression.json").read_text())["stages"][-1]["record"]
+    wanted = {"regression": {"pearson", "spearman"}, "qa": {"exact_match", "f1"}, "clm": {"loss", "perplexity"}}
+    assert set(record["scores"]["test"]) == wanted[kind] and record["task"] == kind
+
+
+def test_killed_transfer_goes_on(student, rows, tmp_path, words):
+    method = Transfer(epochs=2, batch_size=8, seq_len=32, save_every=2)
+    examples = method.read(rows, "sentence")
+
+    def fresh():
+        return checkpoint.load(student, **method.head(examples))[0]
+
+    whole, resumed = fresh(), fresh()
+    method.compress(whole, words, examples)
+
+    def kill(event):
+        if event["step"] == 5:
+            raise Killed
+
+    with suppress(Killed):
+        method.compress(fresh(), words, examples, workdir=tmp_path / "cut", report=kill)
+    method.compress(resumed, words, examples, workdir=tmp_path / "cut")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pruned_on_the_task(parent, rows, words):
+    """The rival: the same schedule inside the fine-tuning of a dense model."""
+    method = Transfer(epochs=60, batch_size=4, seq_len=24, lock=False, prune=0.7)
+    examples = method.read(rows, "sentence")
+    model, _ = checkpoint.load(parent, **method.head(examples))
+    record = method.compress(model, words, examples)
+    assert record["sparsity"] == pytest.approx(0.7, abs=0.01) and record["steps"] >= 100
+    assert lock.zeros(lock.prunable(model)) == pytest.approx(0.7, abs=0.01)
+    with pytest.raises(ValueError, match="only with lock off"):
+        Transfer(prune=0.5)
+
+
+def test_teacher_must_fit(student, rows, words):
+    method = Transfer(epochs=1, batch_size=8, seq_len=32)
+    examples = method.read(rows, "sentence")
+    model, _ = checkpoint.load(student, **method.head(examples))
+    other = with_head("classification")
+    with pytest.raises(ValueError, match="first difference: label 0"):
+        method.compress(model, words, examples, teacher=other)
+    with pytest.raises(ValueError, match="for MaskedLM"):
+        method.compress(model, words, examples, teacher=tiny_model("bert"))
+    with pytest.raises(ValueError, match="vocabulary differs"):
+        method.compress(model, words, examples, teacher=tiny_model("bert", vocab_size=100))
+
+
+def test_a_recipe_branches(parent, corpus, rows, tmp_path, capsys):
+    """Two tasks of one student, with a teacher that is a stage; a second run makes nothing again."""
+    from sentei import recipe
+    from sentei.cli import main
+
+    few = "epochs: 1, batch_size: 8, seq_len: 32, text_field: sentence"
+    file = tmp_path / "r.yaml"
+    file.write_text(f"""
+model: {parent}
+out: {tmp_path / "out"}
+data: {corpus}
+report: null
+stages:
+  - {{name: student, method: prune_once_student, steps: 100, batch_size: 2, seq_len: 16, sparsity: 0.8, kd_soft: 0.0}}
+  - {{name: dense, method: prune_once_transfer, after: parent, lock: false, data: {rows}, {few}}}
+  - {{name: one, method: prune_once_transfer, after: student, teacher: dense, data: {rows}, {few}}}
+  - {{name: codes, method: prune_once_quantise, scheme: weights, data: {rows}, {few}}}
+  - {{name: two, method: prune_once_transfer, after: student, seed: 1, data: {rows}, {few}}}
+""")
+    assert main(["run", str(file), "--dry-run"]) == 0
+    assert not (tmp_path / "out").exists() and "sparsity: 0.8" in capsys.readouterr().out
+    recipe.run(recipe.load(file))
+    records = {
+        name: json.loads((tmp_path / "out" / name / "compression.json").read_text())["stages"]
+        for name in ("student", "dense", "one", "codes", "two")
+    }
+    masks = {records[name][-1]["record"]["mask_sha256"] for name in ("student", "one", "codes", "two")}
+    assert len(masks) == 1 and len(records["dense"]) == 1 and len(records["codes"]) == 3
+    times = {name: (tmp_path / "out" / name / "compression.json").stat().st_mtime_ns for name in records}
+    recipe.run(recipe.load(file))
+    for name, time in times.items():
+        assert (tmp_path / "out" / name / "compression.json").stat().st_mtime_ns == time
+    assert main(["export", str(tmp_path / "out" / "codes"), "--out", str(tmp_path / "plain")]) == 0
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+    file.write_text(file.read_text().replace("after: student, seed", "after: pupil, seed"))
+    with pytest.raises(ValueError, match="after 'pupil'; expected a stage before it"):
+        recipe.run(recipe.load(file))
+
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+from conftest import tiny_model, words
+from sentei import data
+from sentei.methods.prune_once.pretrain import Student
+documents = [" ".join(f"tree {{(7 * d + s) % 13}} leaf." for s in range(8)) for d in range(12)]
+text = data.Text(documents, documents[:2], documents[2:3], "trees", "1" * 64)
+model = tiny_model("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+few = {{"seq_len": 16, "lr": 1e-3, "eval_tokens": 64}}
+method = Student(steps=100, sparsity=0.7, batch_size=int(sys.argv[2]), **few)
+record = method.compress(model, words.__wrapped__(), text)
+import os
+torch.save([record["mask_sha256"], {{n: p.detach() for n, p in model.named_parameters()}}],
+           sys.argv[1] + os.environ.get("RANK", "-"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_mask(tmp_path):
+    """Data-parallel: both ranks end with the same masks and weights, those of one process with the whole batch."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1])))
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    both = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713", str(script)]
+    subprocess.run([sys.executable, *both, str(tmp_path / "two"), "2"], check=True, env=quiet, capture_output=True)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one"), "4"], check=True, env=quiet)
+    first, second, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("two0", "two1", "one-"))
+    assert first[0] == second[0]
+    for name, p in first[1].items():
+        assert torch.equal(p, second[1][name]), name
+        same = (p == 0) == (alone[1][name] == 0)
+        assert same.float().mean() > 0.99, name  # sums in another order move a weight across the threshold now and then
