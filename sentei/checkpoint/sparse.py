@@ -274,7 +274,7 @@ def read_activations(path: str | Path) -> dict[str, dict[str, float]]:
     """Module -> ranges of its inputs and outputs, where the container has them."""
     inspect(path)
     found: dict[str, dict[str, float]] = {}
-    with _opened(path) as file:
+    with _opened(Path(path)) as file:
         for stored in file.keys():  # noqa: SIM118 (not a dict)
             if stored.startswith("act/"):
                 module, _, key = stored.removeprefix("act/").partition("::")
@@ -344,7 +344,7 @@ def _entry(path: Path, name: str, line: Any) -> Entry:
         entry = Entry(layout, dtype, shape, line["nnz"], line["bits"], codec, line["crc32"], scale)
         _require(entry.nnz <= math.prod(shape) and set(codec) == set(entry.parts(name)))
         _require(layout == "dense" or len(shape) >= 2)
-        _require(layout != "block4" or (shape[-1] % 4 == 0 and entry.nnz % 4 == 0))
+        _require(layout != "block4" or (entry.columns % 4 == 0 and entry.nnz % 4 == 0))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path}: the manifest's line for {str(name)[:80]!r} makes no sense; get it again") from None
     return entry
