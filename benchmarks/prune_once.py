@@ -148,7 +148,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
             ),
         )
         made = record_of(quantised)
-        row["int8"] = {key: made[key] for key in ("scores", "drop", "bytes", "sparsity_int8")} | sizes(quantised)
+        row["int8"] = {key: made[key] for key in ("scores", "drop", "bytes", "sparsity_int8")}
         row["same_zeros"] = made["mask_sha256"] == record["mask_sha256"] == record_of(start)["mask_sha256"]
         if not args.keep:
             shutil.rmtree(quantised)
