@@ -82,6 +82,40 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterato
         del module.forward
 
 
+@torch.no_grad()
+def layer_inputs(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """What each layer takes in, [B, T, H], while `run()` runs the model on one batch."""
+    found: list[Tensor] = []
+    with ExitStack() as stack:
+        for layer in structure.layers(model):
+
+            def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                found.append(args[0] if args else kwargs["hidden_states"])
+
+            stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+        run()
+    return found
+
+
+@contextmanager
+def starting_at(model: nn.Module, number: int, hidden_BTH: Tensor) -> Iterator[None]:
+    """Inside the block layers before `number` do nothing and that layer takes `hidden_BTH`, whatever comes to it.
+
+    The rest is the model itself, its loss included: what layers before a change compute need be computed once only.
+    For a forward on the batch that `hidden_BTH` comes from (`layer_inputs`), without a cache.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return ((hidden_BTH, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden_BTH})
+
+    with ExitStack() as stack:
+        for layer in structure.layers(model)[:number]:
+            stack.enter_context(_replaced_forward(layer, _pass_on))
+        layer = structure.layers(model)[number]
+        stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        yield
+
+
 def removal_target(units: Units, sparsity: float) -> int:
     """Parameters to remove: `sparsity` of all decoder-layer parameters.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sentei
 from sentei import remote, structure
-from sentei.checkpoint import card, forms, reading
+from sentei.checkpoint import card, folded, forms, reading
 from sentei.remote import reload
 
 TOLERANCE = 1e-5  # of the largest output, float32
@@ -67,6 +67,8 @@ def save(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         saved = _write_model(partial, model, tokenizer, written, state, dtype)
+        if written.shape == "folded":
+            folded.check_bytes(partial, saved)
         account = _account(model, source, parent, record, written, saved, partial)
         if verify:
             account["result"]["largest_difference"] = _verify(partial, model, tokenizer, dtype)
@@ -154,7 +156,8 @@ def _write_model(
         if (value := written.config.__dict__.get(size)) is not None:
             config[size] = value
     if written.needs_modeling_file:
-        shutil.copyfile(remote.MODELING_FILE, folder / remote.MODELING_FILE.name)
+        for file in remote.modeling_files(written.model_type):
+            shutil.copyfile(file, folder / file.name)
         config["auto_map"] = written.config.auto_map
     _write_json(path, config)
     return saved
@@ -207,7 +210,8 @@ def _account(
                 }
                 for size in sizes
             ],
-        },
+        }
+        | ({"fold": written.config.fold} if written.shape == "folded" else {}),
         "kept": record.get("kept") or record.get("record", {}).get("kept") or before.get("kept"),
         "evaluation": record.get("evaluation", []),
         "versions": {
