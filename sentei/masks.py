@@ -75,11 +75,14 @@ def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")  # of another mask around this one
     module.forward = forward  # shadows the class's method; deleting it brings that back
     try:
         yield
     finally:
         del module.forward
+        if before is not None:
+            module.forward = before
 
 
 @torch.no_grad()

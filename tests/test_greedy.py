@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import tiny_model
-from torch import nn
 
 from sentei import masks, structure
 from sentei.distill import Distillation
@@ -58,11 +57,7 @@ def test_layers_before_the_candidate_run_once():
 
 def test_protected_blocks_stay():
     model = tiny_model("llama")
-    for linear in (structure.layers(model)[0].self_attn.o_proj, structure.layers(model)[0].mlp.down_proj):
-        for parameter in linear.parameters():
-            nn.init.zeros_(parameter)  # a useless block
     units = structure.units(model, "layers")
-    assert not greedy(model, units, BLOCKS, loss, 1)[0][0]
     protected = torch.tensor([True, False, False, True])
     keep, _ = greedy(model, units, BLOCKS, loss, units.total // 2, protected_U=protected)
     assert keep.tolist() == [True, False, False, True]
