@@ -19,7 +19,7 @@ from sentei import structure
 from sentei.remote.modeling_sentei_folded import SCALED, ChildLinear, linears, share
 from sentei.structure import Family
 
-__all__ = ["ChildLinear", "align", "fold", "is_folded", "kind", "layout", "linears", "saving", "unfold"]
+__all__ = ["ChildLinear", "align", "fold", "is_folded", "kind", "layout", "linears", "note", "saving", "unfold"]
 
 VERSION = 1
 
@@ -43,9 +43,17 @@ def layout(model: nn.Module) -> dict[str, Any]:
         for linear in linears(layer).values():
             if isinstance(linear, ChildLinear):
                 rank, scale = 0 if linear.A is None else len(linear.A), scale or linear.scale is not None
-    known = getattr(structure.base_model(model).config, "fold", None) or {}
+    config: Any = structure.base_model(model).config
+    known = getattr(config, "fold", None) or {}
     more = {name: known[name] for name in ("origin", "base_layers") if name in known}
     return {"version": VERSION, "owner": owner, "corrected": corrected, "rank": rank, "scale": scale} | more
+
+
+def note(model: nn.Module, origin: dict[str, Any] | None) -> None:
+    """Let the model's configuration remember what its modules do not: "origin" and "base_layers" of `layout`."""
+    config: Any = structure.base_model(model).config
+    if origin is not None or getattr(config, "fold", None) is not None:
+        config.fold = origin
 
 
 def kind(model: nn.Module, number: int) -> tuple[Any, ...]:
@@ -69,7 +77,9 @@ def saving(layer: nn.Module, rank: int, scale: bool) -> tuple[int, int]:
     return held, added
 
 
-def fold(model: nn.Module, members: Sequence[int], owner: int, *, rank: int, scale: bool, average: bool = False) -> None:
+def fold(
+    model: nn.Module, members: Sequence[int], owner: int, *, rank: int, scale: bool, average: bool = False
+) -> None:
     """Let `members` run with the linears of `owner`, one of them. Corrections start at nothing: scale 1, A and B 0.
 
     Args:
@@ -93,9 +103,7 @@ def unfold(model: nn.Module) -> None:
                 made.append((number, path, _own(linear)))
     for number, path, linear in made:  # after all are made: an owner may be a ChildLinear itself
         layers[number].set_submodule(path, linear)
-    config = structure.base_model(model).config
-    if getattr(config, "fold", None) is not None:
-        config.fold = None
+    note(model, None)
 
 
 def _own(child: ChildLinear) -> nn.Linear:
@@ -104,7 +112,7 @@ def _own(child: ChildLinear) -> nn.Linear:
     dtype = shared.weight.dtype
     weight_OI = shared.weight.float()
     bias_O = None if shared.bias is None else shared.bias.float()
-    if child.A is not None:
+    if child.A is not None and child.B is not None:
         weight_OI = weight_OI + child.B.float() @ child.A.float()
     if child.scale is not None:
         weight_OI = child.scale.float()[:, None] * weight_OI
@@ -128,26 +136,23 @@ def align(parent: nn.Module, member: nn.Module, row: Family) -> dict[str, Tensor
     rotary embeddings tell them apart. The member itself is not changed.
     """
     size = structure.sizes_of(member, row)
-    state = {path: linear for path, linear in linears(member).items()}
+    state = linears(member)
     found: dict[str, Tensor] = {}
 
-    def rows_of(block: nn.Module, path: str, number: int) -> list[Tensor]:
-        """A linear's weight as the parts that it fuses."""
-        linear = structure.part(block, path)
+    def parts_of(block: nn.Module, path: str) -> list[Tensor]:
+        """A linear's weight, as the parts that it fuses."""
+        weight = structure.part(block, path).weight
         if path == row.query and row.fused_qkv:
-            widths = [size.num_heads * size.head_dim] + [size.num_kv_heads * size.head_dim] * 2
-            return list(linear.weight.split(widths))
-        return list(linear.weight.chunk(2)) if path in row.up and row.fused_up else [linear.weight]
+            return list(weight.split([size.num_heads * size.head_dim] + [size.num_kv_heads * size.head_dim] * 2))
+        return list(weight.chunk(2)) if path in row.up and row.fused_up else [weight]
 
     if size.intermediate_size:
-        features = [
-            torch.cat(
-                [part for path in row.up for part in rows_of(block, path, 0)] + [structure.part(block, row.down).weight.T],
-                1,
-            ).float()
-            for block in (parent, member)
-        ]
-        order_C = _match(features[0], features[1])
+
+        def channels(block: nn.Module) -> Tensor:
+            rows = [part for path in row.up for part in parts_of(block, path)]
+            return torch.cat([*rows, structure.part(block, row.down).weight.T], 1).float()
+
+        order_C = _match(channels(parent), channels(member))
         rows = torch.cat([order_C, order_C + size.intermediate_size]) if row.fused_up else order_C
         for path in row.up:
             _permuted(found, path, state[path], rows=rows)
@@ -156,12 +161,12 @@ def align(parent: nn.Module, member: nn.Module, row: Family) -> dict[str, Tensor
         groups, heads, width = size.num_kv_heads, size.group_size, size.head_dim
 
         def query_output(block: nn.Module) -> Tensor:
-            query = rows_of(block, row.query, 0)[0]
+            query = parts_of(block, row.query)[0]
             output = structure.part(block, row.output).weight.T
             return torch.cat([query, output], 1).float().reshape(groups, heads, width, -1)
 
         def key_value(block: nn.Module) -> Tensor:
-            parts = rows_of(block, row.query, 0)[1:] if row.fused_qkv else []
+            parts = parts_of(block, row.query)[1:] if row.fused_qkv else []
             parts = parts or [structure.part(block, path).weight for path in (row.key, row.value)]
             return torch.cat(parts, 1).float().reshape(groups, -1)
 
@@ -171,9 +176,7 @@ def align(parent: nn.Module, member: nn.Module, row: Family) -> dict[str, Tensor
             [torch.stack([_match(a.flatten(1), b.flatten(1)) for b in theirs]) for a in ours]
         )
         flat = [
-            torch.stack(
-                [torch.cat([theirs[b][inside[a, b]].flatten(), kv_theirs[b]]) for b in range(groups)]
-            )
+            torch.stack([torch.cat([theirs[b][inside[a, b]].flatten(), kv_theirs[b]]) for b in range(groups)])
             for a in range(groups)
         ]
         own = torch.cat([ours.flatten(1), kv_ours], 1)

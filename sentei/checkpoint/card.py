@@ -82,9 +82,9 @@ def _how_to_load(result: dict[str, Any], name: str) -> str:
     load = f'```python\nmodel = transformers.{auto_class}.from_pretrained("{name}", trust_remote_code=True)\n```\n\n'
     if result["shape"] == "folded":
         return (
-            f"{load}The code is `modeling_sentei_folded.py` and `modeling_sentei.py` in this folder: layers of the stock "
-            "class that share weights, each of which is stored and held in memory once. With `import sentei` before, "
-            "the flag is not needed and the files are not run; `sentei unfold` writes independent layers for any other "
+            f"{load}The code is `modeling_sentei_folded.py` and `modeling_sentei.py` in this folder: layers of "
+            "the stock class that share weights, each stored and held in memory once. With `import sentei` before, the "
+            "flag is not needed and the files are not run; `sentei unfold` writes independent layers for any other "
             "runtime. A stock class refuses the folder: the shapes of the shared weights do not fit it."
         )
     return (

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from sentei import methods
 from sentei.methods import Progress
 from sentei.recipe.fields import make_method
 
@@ -147,7 +148,7 @@ class Job:
         teacher: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> Job:
-        _check_sparsity(fields)
+        _check_sparsity(name, fields)
         method = make_method(name, fields)
         needs_teacher = type(method).needs_teacher
         if teacher is not None and not needs_teacher:
@@ -184,13 +185,15 @@ def _check_space(out: Path, need: int) -> None:
         raise ValueError(f"{place} has {free / 1e6:,.0f} MB free, the checkpoint may need {need / 1e6:,.0f} MB")
 
 
-def _check_sparsity(fields: Mapping[str, Any]) -> None:
+def _check_sparsity(name: str, fields: Mapping[str, Any]) -> None:
     if "sparsity" not in fields:
         return
     try:
         sparsity = float(fields["sparsity"])
     except (TypeError, ValueError):
         raise ValueError(f"sparsity is {fields['sparsity']!r}; expected a number between 0 and 1") from None
+    if sparsity == 0 and getattr(methods.load(name), "may_keep_all", False):
+        return
     if not 0 < sparsity < 1:
         raise ValueError(
             f"sparsity is the fraction of the decoder-layer parameters to remove, between 0 and 1; got {sparsity:g}"

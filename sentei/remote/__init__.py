@@ -1,4 +1,4 @@
-"""The modelling files that travel with heterogeneous and folded checkpoints, and their registration with transformers."""
+"""The modelling files that travel with a checkpoint of ours, and their registration with transformers."""
 
 from __future__ import annotations
 

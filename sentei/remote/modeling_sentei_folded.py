@@ -33,6 +33,11 @@ class ChildLinear(nn.Module):
     shape there and stops, instead of running with random weights. One element, for empty tensors count as shared.
     """
 
+    weight: torch.Tensor
+    A: nn.Parameter | None
+    B: nn.Parameter | None
+    scale: nn.Parameter | None
+
     def __init__(self, linear, path, owner, block, rank=0, scaled=False):
         """Args:
         linear: what stood here, which gives sizes, dtype and device.
@@ -64,14 +69,16 @@ class ChildLinear(nn.Module):
 
     def forward(self, x):
         y = self.shared()(x)
-        if self.A is not None:
+        if self.A is not None and self.B is not None:
             low = nn.functional.linear(x, self.A.to(x.dtype))
             y = y + nn.functional.linear(low, self.B.to(x.dtype))
         return y if self.scale is None else y * self.scale.to(y.dtype)
 
     def extra_repr(self):
         rank = 0 if self.A is None else len(self.A)
-        return f"{self.in_features}, {self.out_features}, owner={self.owner}, rank={rank}, scale={self.scale is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, owner={self.owner}, rank={rank}, scale={self.scale is not None}"
+        )
 
 
 def linears(block):
@@ -92,7 +99,7 @@ def share(layers, index, owner, rank, scale):
 
 
 class FoldedModel:
-    """Mixed into a stock model: built by the stock code, then layers are resized and linked (free on the meta device)."""
+    """Mixed into a stock model: built by the stock code, then layers are linked (free on the meta device)."""
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -113,9 +120,9 @@ class FoldedModel:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, module in model.named_modules():
-            if isinstance(module, ChildLinear) and int(module.weight) != module.owner:
+            if isinstance(module, ChildLinear) and (stored := int(module.weight.item())) != module.owner:
                 raise ValueError(
-                    f"{name} was saved as a user of layer {int(module.weight)}, config.json says layer {module.owner}: "
+                    f"{name} was saved as a user of layer {stored}, config.json says layer {module.owner}: "
                     "config.json and the weights do not belong together"
                 )
         return loaded
