@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -102,7 +103,7 @@ def shadow(job: Job, model: Any, units: Any) -> tuple[Any, Any]:
     score_U = -units.index_U.double() - 1e-6 * units.layer_U.double()
     keep_U = job.method.select(score_U, units, "layer" if job.shape == "uniform" else "global")
     with torch.device("meta"):
-        twin = type(model)(model.config)
+        twin = type(model)(copy.deepcopy(model.config))  # which a cut changes, and the model runs by its own
     structure.remove(twin, units, keep_U)
     return twin, checkpoint.form(twin, job.shape)
 
