@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sentei import checkpoint, folding, structure
+from sentei.cli import main
 from sentei.folding import ChildLinear
 
 STAGE = {"method": "by_hand", "fields": {}, "seed": 0, "data": {"name": "none", "sha256": "0"}}
@@ -298,6 +299,18 @@ def test_files_that_do_not_belong_together(saved):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="do not belong together"):
         checkpoint.load(out)
+
+
+def test_unfold_from_the_command_line(saved, tmp_path, capsys):
+    out = saved(folded())
+    assert main(["unfold", str(out), "--out", str(tmp_path / "plain")]) == 0
+    said = capsys.readouterr().out
+    assert "without sharing" in said and "instead of" in said
+    plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits(plain), logits(folded()), atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "plain" / "model.safetensors").stat().st_size > (out / "model.safetensors").stat().st_size
+    assert main(["unfold", str(tmp_path / "plain"), "--out", str(tmp_path / "again")]) == 2
+    assert "is not folded" in capsys.readouterr().err and not (tmp_path / "again").exists()
 
 
 def test_stock_shapes_are_refused(saved):

@@ -3,12 +3,14 @@
     model, tokenizer = load("parent/")                 # folder, .gguf file or Hugging Face hub id
     save(model, tokenizer, "small/", parent="parent/", record=stage)
 
-reading.py checks before it loads; forms.py finds the configuration and tensors of each way to write a model;
-writing.py writes, reloads in a fresh process, and only then shows the folder under its name; card.py words the README.
+reading.py checks before it loads; forms.py and folded.py find the configuration and tensors of each way to write a
+model; writing.py writes, reloads in a fresh process, and only then shows the folder under its name; unfolding.py makes
+layers that share weights independent; card.py words the README.
 """
 
 from sentei.checkpoint.forms import SHAPES, Form, form
 from sentei.checkpoint.reading import Source, example_model, inspect, load
+from sentei.checkpoint.unfolding import unfold
 from sentei.checkpoint.writing import check_output, save, unpack
 from sentei.remote import register
 
@@ -23,5 +25,6 @@ __all__ = [
     "load",
     "register",
     "save",
+    "unfold",
     "unpack",
 ]

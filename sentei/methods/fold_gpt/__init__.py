@@ -79,7 +79,7 @@ class FoldGPT(Structural):
 
     gate_steps: int = option(200, "training steps of the gates", "[ours]")
     gate_batch: int = option(8, "blocks of text per step", "[ours]")
-    gate_lr: float = option(0.1, "Adam's step, in units of sqrt(eps)", "[ours]")
+    gate_lr: float | None = option(None, "Adam's step, in units of sqrt(eps); default 20 / gate_steps", "[ours]")
     gate_eps: float = option(0.02, "width of the gates in the first half of the steps", "[ours]")
     gate_eps_end: float = option(0.0005, "width at the end", "[ours]")
     gate_init: float = option(0.98, "all gates at the start", "[ours]")
@@ -119,6 +119,10 @@ class FoldGPT(Structural):
     checkpointing: bool = option(False, "recompute activations in the backward pass of the healing")
     save_every: int = option(10, "steps between saves of the state, when there is a work folder")
 
+    def __post_init__(self) -> None:
+        names = self.score.split(",") if isinstance(self.score, str) else self.score
+        object.__setattr__(self, "score", tuple(name.strip() for name in names))
+
     def check(self) -> None:
         super().check()
         for name, value, known in (
@@ -139,7 +143,7 @@ class FoldGPT(Structural):
             "bytes_per_parameter",
         )  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
+            if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
         for name in ("protect_first", "protect_last", "lora_rank", "heal_steps", "tail_layers", "hidden_weight"):
             if getattr(self, name) < 0:
@@ -197,11 +201,11 @@ class FoldGPT(Structural):
         alike = check.similarity(model, run.calibration[:8], lambda ids: self._forward(model, ids))
         keep_U, account = self.choose(run)
         record = self.cut(run, keep_U) | account | {"similarity": alike}
-        origin = self._origin(run.units, keep_U)
-        folded = self._fold(run, dense, origin) if self.folds else None
+        origin = self.origin(run.units, keep_U)
+        folded = self.fold(run, dense, origin) if self.folds else None
         record["fold"] = folded
         if self.heal_steps:
-            record["healing"] = self._heal(run, dense, origin, folded is not None)
+            record["healing"] = self.heal(run, dense, origin, folded is not None)
             record["history"] = record["healing"].pop("history")
         after = structure.layer_parameters(model), structure.total_parameters(model)
         before = structure.layer_parameters(dense), structure.total_parameters(dense)
@@ -279,7 +283,7 @@ class FoldGPT(Structural):
         return (units.layer_U < self.protect_first) | (units.layer_U >= units.num_layers - self.protect_last)
 
     @staticmethod
-    def _origin(units: Units, keep_U: Tensor) -> list[int]:
+    def origin(units: Units, keep_U: Tensor) -> list[int]:
         """Number in the dense model of each layer that is left."""
         gone = set(units.layer_U[~keep_U].tolist()) if "layers" in units.granularity else set()
         return [number for number in range(units.num_layers) if number not in gone]
@@ -381,7 +385,8 @@ class FoldGPT(Structural):
 
     def _schedule(self) -> gates.Schedule:
         names = ("steps", "lr", "eps", "eps_end", "init", "dual_init", "dual_lr", "quad")
-        return gates.Schedule(**{name: getattr(self, f"gate_{name}") for name in names})
+        given = {name: getattr(self, f"gate_{name}") for name in names}
+        return gates.Schedule(**given | {"lr": self.gate_lr or 20 / self.gate_steps})
 
     def _operations(self, model: nn.Module, units: Units) -> Tensor:
         """Multiplications per token of each unit: its weights, and attention over half the context on average."""
@@ -457,7 +462,13 @@ class FoldGPT(Structural):
         need = max(0, structure.total_parameters(model) - gone * block - allowed)
         return f"{-(-need // each)} groups of {self.group_size}, {each:,} parameters each, to store {allowed:,} in all"
 
-    def _fold(self, run: FoldRun, dense: nn.Module, origin: list[int]) -> dict[str, Any] | None:
+    def fold(self, run: FoldRun, dense: nn.Module, origin: list[int]) -> dict[str, Any] | None:
+        """Let neighbours share weights until the target is met; None if nothing had to be shared.
+
+        Args:
+            dense: the model before anything was removed, `healing.aliased`.
+            origin: of each layer its number in `dense`.
+        """
         model = run.model
         began = time.monotonic()
         before, allowed = structure.total_parameters(model), self._allowed(dense)
@@ -498,7 +509,8 @@ class FoldGPT(Structural):
             save_every=self.save_every, seed=self.seed,
         )  # fmt: skip
 
-    def _heal(self, run: FoldRun, dense: nn.Module, origin: list[int], folded: bool) -> dict[str, Any]:
+    def heal(self, run: FoldRun, dense: nn.Module, origin: list[int], folded: bool) -> dict[str, Any]:
+        """Train what is small, see `healing.heal`; the arguments are those of `fold`."""
         rank = self.heal_lora_rank if self.heal_lora_rank is not None else (0 if folded else 8)
         if not rank and not folded:
             raise ValueError("nothing is folded and heal_lora_rank is 0: nothing to train; set heal_steps=0")

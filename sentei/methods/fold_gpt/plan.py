@@ -124,6 +124,7 @@ class Folder:
         self.known: dict[str, Group] = self._restore()
         self.tick, self.measured = tick, 0
         self.rms = self._input_rms()
+        self.terms: dict[tuple[Any, ...], dict[str, Any]] = {}  # low-rank terms, which take a while to find
 
     # --- sizes ----------------------------------------------------------------------------------------------------
 
@@ -148,12 +149,15 @@ class Folder:
     def fold(self, members: list[int], inputs: list[Tensor] | None = None) -> Group:
         """Fold a window from the best start that measuring finds, and leave it folded."""
         owners = {"first": members[:1], "best": members, "average": [-1]}[self.parent]
-        found = []
+        found: list[Group] = []
         for owner in owners:
+            if found:
+                self.undo(members)
             found.append(self._fold(members, owner, inputs))
-            self.undo(members)
         best = min(found, key=lambda group: group["kl"])
-        self.apply(best)
+        if best is not found[-1]:
+            self.undo(members)
+            self.apply(best)
         return best
 
     def _fold(self, members: list[int], owner: int, inputs: list[Tensor] | None) -> Group:
@@ -264,6 +268,17 @@ class Folder:
         self, number: int, owner: int, choice: dict[str, Any], members: list[int], inputs: list[Tensor] | None
     ) -> bool:
         """B A from the SVD of what the shared weights lack. False: a norm of the parent has no inverse."""
+        key = (number, owner, choice["norms"], tuple(members) if owner < 0 else ())
+        if key not in self.terms:
+            self.terms[key] = self._low_rank(number, owner, choice, members)
+        for path, (a, b) in self.terms[key].items():
+            child = self.layers[number].get_submodule(path)
+            child.A.zero_()[: len(a)] = a.to(child.A)  # pyright: ignore[reportArgumentType]
+            child.B.zero_()[:, : b.shape[1]] = b.to(child.B)  # pyright: ignore[reportArgumentType]
+        return bool(self.terms[key])
+
+    def _low_rank(self, number: int, owner: int, choice: dict[str, Any], members: list[int]) -> dict[str, Any]:
+        """(A, B) by path; they depend on dense weights and norms only, not on the other folds."""
         dense = self._dense(number, members[0] if owner < 0 else owner)
         ratios: dict[str, Tensor] = {}
         for path in folding.linears(self.layers[number]):
@@ -271,19 +286,18 @@ class Folder:
             if choice["norms"] == "parent" and (norm := self._norm_before(path)) is not None:
                 own_I, kept_I = self._gain(number, norm), self._gain(owner, norm)
                 if bool((kept_I.abs() < TINY).any()):
-                    return False
+                    return {}
                 ratio_I = own_I / kept_I
             ratios[path] = ratio_I
+        terms: dict[str, Any] = {}
         for path, child in folding.linears(self.layers[number]).items():
-            assert isinstance(child, folding.ChildLinear) and child.A is not None and child.B is not None
+            assert isinstance(child, folding.ChildLinear)
             shared: Tensor = child.shared().weight
             ratio_I = ratios[path].to(shared.device)
             delta_OI = dense[f"{path}.weight"].float() * ratio_I - shared.float()
             rms_I = self.rms[number][path].to(shared.device) / ratio_I.abs().clamp_min(TINY)
-            a, b = low_rank(delta_OI, rms_I, len(child.A))
-            child.A.zero_()[: len(a)] = a.to(child.A)
-            child.B.zero_()[:, : b.shape[1]] = b.to(child.B)
-        return True
+            terms[path] = low_rank(delta_OI, rms_I, self.rank)
+        return terms
 
     def _norm_before(self, path: str) -> str | None:
         """The norm that feeds a linear, if one does."""
