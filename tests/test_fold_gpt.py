@@ -12,7 +12,7 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sentei import data, distill, folding, masks, structure
+from sentei import checkpoint, data, distill, folding, masks, report, structure
 from sentei.folding import ChildLinear
 from sentei.importance import block_influence
 from sentei.methods.fold_gpt import FoldGPT, check, gates, healing, plan
@@ -407,6 +407,28 @@ def test_removal_only_heals_with_adapters(words, text):
     assert not folding.is_folded(model) and getattr(model.config, "fold", None) is None
     assert record["stored_of_layers"] == pytest.approx(4 / 6)
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("granularity", ["layers", "sublayers"])
+def test_folding_what_is_left(granularity, words, text, tmp_path):
+    """After unequal width pruning, and after blocks or sub-layers went: saved, loaded, and a report drawn."""
+    dense = small(7)
+    dense.save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    model, tokenizer = checkpoint.load(tmp_path / "parent")
+    units = structure.units(model, "channels")
+    structure.remove(model, units, (units.layer_U % 7 < 5) | (units.index_U < 30))
+    method = FoldGPT(sparsity=0.1, granularity=granularity, plan="all", score=("greedy",), **FEW)
+    record = method.compress(model, tokenizer, text)
+    owners = record["fold"]["owner"]
+    assert len(set(owners)) < len(owners) and record["removed_of_layers"] >= 0.1 - 1e-6
+    stage = {"method": "fold_gpt", "fields": vars(method), "seed": 0, "data": {"name": "t", "sha256": "0"}}
+    out = checkpoint.save(model, tokenizer, tmp_path / "small", parent=tmp_path / "parent",
+                          record=stage | {"record": record})  # fmt: skip
+    loaded, _ = checkpoint.load(out)
+    assert torch.equal(logits(loaded), logits(model))
+    page = report.write(None, [out], tmp_path / "report.html").read_text()
+    assert "Blocks that share weights" in page and "greedy" in page
 
 
 def test_per_layer_lists_follow_a_removal():
