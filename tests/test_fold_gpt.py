@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sentei import checkpoint, data, distill, folding, masks, report, structure
+from sentei.cli import main
 from sentei.folding import ChildLinear
 from sentei.importance import block_influence
 from sentei.methods.fold_gpt import FoldGPT, check, gates, healing, plan
@@ -458,6 +459,7 @@ def test_per_layer_lists_follow_a_removal():
         ({"target_blocks": 0.5, "target_bytes": 9}, "one target is enough"),
         ({"target_blocks": 1.2}, "target_blocks is the fraction that stays"),
         ({"group_size": 1}, "group_size is at least 2"),
+        ({"target_blocks": 0.8, "shape": "uniform"}, "sentei unfold"),
         ({"gate_init": 1.0}, "gate_init"),
         ({"heal_lr": 0}, "heal_lr"),
         ({"protect_first": -1}, "protect_first"),
@@ -474,6 +476,32 @@ def test_bad_fields(fields, message, words, text):
         FoldGPT(**{**FEW, **fields}).compress(model, words, text)
     if "nothing to train" not in message:
         assert structure.total_parameters(model) == structure.total_parameters(small())
+
+
+def test_sharded_training_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model, dense = folded_pair()
+    with pytest.raises(ValueError, match="FSDP"):
+        healing.heal(model, dense, BLOCKS, BLOCKS, healing.TailDistillation(dense), Settings(lr=1, steps=1),
+                     batch_size=2, lora_rank=0)  # fmt: skip
+
+
+def test_from_the_command_line(words, tmp_path, capsys):
+    """Folding only: a sparsity of 0 is fine for a method that does more than remove."""
+    small(7).save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {PHRASE * 3}" for i in range(40)))
+    fields = {key: value for key, value in FEW.items() if key != "save_every"} | {"sparsity": 0, "target_blocks": 0.8}
+    flags = [word for key, value in fields.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [str(tmp_path / "parent"), "--method", "fold_gpt", "--data", str(tmp_path / "text.txt"), *flags]
+    assert main(["plan", *command]) == 0
+    assert "groups of 2" in capsys.readouterr().out
+    assert main(["compress", *command, "--out", str(tmp_path / "small")]) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "small" / "compression.json").read_text())["result"]
+    assert result["shape"] == "folded" and result["layer_parameters"] <= 0.8 * structure.layer_parameters(small(7))
+    bad = [*command, "--target-model", "0.5", "--out", str(tmp_path / "bad")]
+    assert main(["compress", *bad]) == 2 and "one target" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists() and not list(tmp_path.glob(".bad*"))
 
 
 def test_bad_models(words, text):

@@ -158,6 +158,11 @@ class FoldGPT(Structural):
                 raise ValueError(f"{name} is the fraction that stays, between 0 and 1; got {value}")
         if self.target_bytes is not None and self.target_bytes < 1:
             raise ValueError(f"target_bytes must be above 0; got {self.target_bytes}")
+        if self.folds and self.shape != "heterogeneous":
+            raise ValueError(
+                f"shape={self.shape} is a stock class, where layers cannot share weights; leave it out, and write "
+                "independent layers afterwards with `sentei unfold`"
+            )
         if self.group_size < 2:
             raise ValueError(f"group_size is at least 2, or nothing is shared; got {self.group_size}")
         if min(self.ce_weight, self.kl_weight) < 0 or self.ce_weight + self.kl_weight == 0:

@@ -12,6 +12,7 @@ Shape legend: B batch, T tokens, H hidden width.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from sentei.distill import Distillation
 from sentei.methods import Progress
 from sentei.train import Batch, Settings, autocast, causal_batch, mix, resolve_precision, shuffled, train
 
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 Pairs = list[tuple[int, int]]
 """(layer of the student, layer of the teacher) whose outputs should agree."""
 
@@ -106,6 +108,11 @@ def heal(
         "loss_before", "loss_after" (validation, nats per token; after the cast), "kl_before", "kl_after", "steps",
         "tokens", "trained_parameters", "history".
     """
+    if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDED):
+        raise ValueError(
+            "healing runs on one device or with plain data parallelism; under FSDP or DeepSpeed a folded layer would "
+            "call into another layer's shard. Unset " + " and ".join(SHARDED)
+        )
     device = next(model.parameters()).device
     precision = resolve_precision(settings.precision, device)
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
