@@ -259,6 +259,18 @@ def test_starts(parent, family):
     assert torch.equal(logits(dense), before)  # the teacher shares tensors and must not notice
 
 
+def test_terms_without_a_start_can_learn():
+    model = small()
+    made = folder(model)
+    made._share([1, 2], 1)
+    before = logits(model)
+    made.free_terms(0)
+    assert torch.equal(logits(model), before)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    children = [m for m in model.modules() if isinstance(m, ChildLinear)]
+    assert children and all(bool(child.A.any()) and bool(child.B.grad.any()) for child in children)
+
+
 def test_full_rank_is_the_dense_model():
     model = small(attention_bias=False, mlp_bias=False)
     before = logits(model)

@@ -390,7 +390,7 @@ class FoldGPT(Structural):
 
     def _schedule(self) -> gates.Schedule:
         names = ("steps", "lr", "eps", "eps_end", "init", "dual_init", "dual_lr", "quad")
-        given = {name: getattr(self, f"gate_{name}") for name in names}
+        given: dict[str, Any] = {name: getattr(self, f"gate_{name}") for name in names}
         return gates.Schedule(**given | {"lr": self.gate_lr or 20 / self.gate_steps})
 
     def _operations(self, model: nn.Module, units: Units) -> Tensor:
@@ -492,6 +492,7 @@ class FoldGPT(Structural):
             groups = plan.choose(folder, self.plan, need)
         except ValueError as error:
             raise ValueError(f"{error}: raise group_size or sparsity, or lower the target or lora_rank") from error
+        folder.free_terms(self.seed)
         folding.note(model, {"origin": origin, "base_layers": len(structure.layers(dense))})
         after = structure.total_parameters(model)
         return {

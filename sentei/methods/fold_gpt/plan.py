@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sentei import distill, folding, importance, masks, structure
 from sentei.importance import Moments, Tick
+from sentei.train import mix
 
 Group = dict[str, Any]
 """{"members": [4, 5], "owner": 4 (-1: an average), "starts": {"5": {"norms", "low_rank", "scale"}}, "kl": after it}."""
@@ -201,6 +202,16 @@ class Folder:
             if choice["scale"]:
                 self._put_scale(number, owner, choice, members, None)
 
+    @torch.no_grad()
+    def free_terms(self, seed: int) -> None:
+        """Where no SVD was kept, A starts at random and B at 0: nothing is added, but both at 0 would never learn."""
+        for number, layer in enumerate(self.layers):
+            for path, child in folding.linears(layer).items():
+                if isinstance(child, folding.ChildLinear) and child.A is not None and not bool(child.A.any()):
+                    random = torch.Generator().manual_seed(mix(seed, "A", number, path))
+                    start = (2 * torch.rand(child.A.shape, generator=random) - 1) / child.in_features**0.5
+                    child.A.copy_(start.to(child.A))
+
     def undo(self, members: list[int]) -> None:
         for number in members:
             for path, linear in self.original[number].items():
@@ -292,7 +303,7 @@ class Folder:
         terms: dict[str, Any] = {}
         for path, child in folding.linears(self.layers[number]).items():
             assert isinstance(child, folding.ChildLinear)
-            shared: Tensor = child.shared().weight
+            shared: Any = child.shared().weight
             ratio_I = ratios[path].to(shared.device)
             delta_OI = dense[f"{path}.weight"].float() * ratio_I - shared.float()
             rms_I = self.rms[number][path].to(shared.device) / ratio_I.abs().clamp_min(TINY)
