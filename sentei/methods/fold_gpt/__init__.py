@@ -391,7 +391,8 @@ class FoldGPT(Structural):
     def _schedule(self) -> gates.Schedule:
         names = ("steps", "lr", "eps", "eps_end", "init", "dual_init", "dual_lr", "quad")
         given: dict[str, Any] = {name: getattr(self, f"gate_{name}") for name in names}
-        return gates.Schedule(**given | {"lr": self.gate_lr or 20 / self.gate_steps})
+        given["lr"] = self.gate_lr or 20 / self.gate_steps
+        return gates.Schedule(**given)
 
     def _operations(self, model: nn.Module, units: Units) -> Tensor:
         """Multiplications per token of each unit: its weights, and attention over half the context on average."""
