@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei.remote.modeling_sentei import LayerConfig, NoAttention, NoMLP
+from sentei.remote.modeling_sentei_folded import ChildLinear
 
 # The last two are the inner dimensions of heads; `sentei.head_dims` lists and removes them.
 KINDS = ("heads", "channels", "sublayers", "layers", "qk_pairs", "v_dims")
@@ -126,9 +127,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_name(model_or_type: nn.Module | str) -> str:
-    """The architecture's stock `model_type`: "sentei_llama", our heterogeneous llama, is "llama"."""
+    """The architecture's stock `model_type`: "sentei_llama" and "sentei_folded_llama", ours, are "llama"."""
     model_type = model_or_type if isinstance(model_or_type, str) else str(_config(model_or_type).model_type)
-    return model_type.removeprefix("sentei_")
+    return model_type.removeprefix("sentei_").removeprefix("folded_")
 
 
 def family(model_or_type: nn.Module | str) -> Family:
@@ -299,6 +300,11 @@ def units(model: nn.Module, granularity: str = "heads+channels") -> Units:
     """
     kinds = parse_granularity(granularity)
     row = family(model)
+    if any(isinstance(module, ChildLinear) for module in model.modules()):
+        raise ValueError(
+            "the model is folded: one stored matrix acts in several layers, and none of them can be pruned alone. "
+            "Prune first and fold afterwards, or write independent layers with `sentei unfold`"
+        )
     table: list[tuple[int, int, int, int]] = []
     for number, layer in enumerate(layers(model)):
         for kind in kinds:
@@ -492,8 +498,11 @@ def _remove_layers(model: nn.Module, row: Family, dropped: set[int]) -> None:
             if "layer_idx" in module.__dict__:
                 module.layer_idx = number  # pyright: ignore[reportArgumentType]
     config = _config(model)
-    if (layer_types := getattr(config, "layer_types", None)) is not None:
-        config.layer_types = [kind for i, kind in enumerate(layer_types) if i not in dropped]
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+        if (per_layer := getattr(config, name, None)) is not None:
+            setattr(config, name, [entry for i, entry in enumerate(per_layer) if i not in dropped])
+    if (full := getattr(config, "max_window_layers", None)) is not None:  # the layers below this number see everything
+        config.max_window_layers = full - sum(number < full for number in dropped)
     config.num_hidden_layers = len(blocks)
 
 

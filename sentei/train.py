@@ -53,6 +53,7 @@ class Settings:
         lr: peak learning rate.
         final_lr: learning rate at the end as a fraction of the peak; 0 is a full cosine, 1 a constant.
         warmup: fraction of the run in which the rate rises from 0.
+        vector_lr: peak learning rate of norms, biases and other vectors; None: the same as of matrices.
         weight_decay: on matrices only; norms and biases have none.
         clip: largest gradient norm; 0 does not clip.
         accumulate: micro-batches per optimiser step, weighted by their targets: equal to one large batch.
@@ -67,6 +68,7 @@ class Settings:
     seconds: float | None = None
     final_lr: float = 0.0
     warmup: float = 0.1
+    vector_lr: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
@@ -80,7 +82,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps is None and self.seconds is None:
             raise ValueError("training has no end: give steps, seconds, or both")
-        for name in ("steps", "seconds", "lr", "accumulate", "save_every", "patience"):
+        for name in ("steps", "seconds", "lr", "vector_lr", "accumulate", "save_every", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -296,7 +298,7 @@ def train(
             if rate is not None:
                 lr = settings.lr * rate(step)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_factor"]
             first = step * settings.accumulate * accelerator.num_processes
             numbers = range(first + accelerator.process_index, first + settings.accumulate * accelerator.num_processes)
             numbers = numbers[:: accelerator.num_processes]
@@ -352,8 +354,12 @@ def _finished(settings: Settings, steps: int, seconds: float, next_seconds: floa
 
 def _adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay, "lr_factor": 1.0},
+        {
+            "params": [p for p in parameters if p.ndim < 2],
+            "weight_decay": 0.0,
+            "lr_factor": 1.0 if settings.vector_lr is None else settings.vector_lr / settings.lr,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)

@@ -8,6 +8,7 @@ import torch
 from conftest import ENCODERS, tiny_model
 
 from sentei import checkpoint, data, masks, methods, structure
+from sentei.methods.fold_gpt import FoldGPT
 from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 
@@ -24,6 +25,7 @@ METHODS = {
     "shortgpt": OneShot(criterion="block_influence", **FEW),
     "sublayers": OneShot(criterion="block_influence", granularity="sublayers", **FEW),
     "greedy": OneShot(criterion="greedy", **FEW),
+    "fold_gpt": FoldGPT(gate_steps=3, gate_batch=2, heal_steps=0, eval_samples=2, **FEW),
     "policy_gradient": PolicyGradient(**SEARCH),
     "policy_gradient_units": PolicyGradient(**SEARCH | {"coarse_steps": 0, "steps": 3, "compensate": "none"}),
     "policy_gradient_layers": PolicyGradient(granularity="layers", steps=3, **SEARCH),
@@ -61,6 +63,10 @@ def compressed(method, family, words, text, **keywords):
 def test_contract(name, family, words, text, ids):
     method = METHODS[name]
     dense = tiny_model(family)
+    if name == "fold_gpt" and family in ENCODERS:
+        with pytest.raises(ValueError, match="is an encoder"):
+            method.compress(dense, words, text)
+        return
 
     # a budget of 0 changes nothing
     model, _ = compressed(with_fields(method, sparsity=0.0), family, words, text)
@@ -112,7 +118,9 @@ def keep_from(kept, units):
     return keep
 
 
-@pytest.mark.parametrize(("name", "family"), [("flap", "llama"), ("policy_gradient", "qwen3"), ("shortgpt", "bert")])
+@pytest.mark.parametrize(
+    ("name", "family"), [("fold_gpt", "llama"), ("flap", "llama"), ("policy_gradient", "qwen3"), ("shortgpt", "bert")]
+)
 def test_saved_and_loaded(name, family, words, text, ids, tmp_path):
     method = METHODS[name]
     tiny_model(family).save_pretrained(tmp_path / "parent")

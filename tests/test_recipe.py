@@ -183,3 +183,18 @@ def test_stopped_work_is_kept_and_foreign_state_is_not(parent, monkeypatch):
             recipe.compress(parent, method="one_shot", sparsity=sparsity, out=parent.parent / "small", **TINY)
     assert seen == [False, True, False]
     assert not (parent.parent / "small").exists()
+
+
+def test_a_rehearsal_leaves_the_model_alone():
+    """The twin that is cut to see whether the result can be saved has a configuration of its own."""
+    from conftest import tiny_model
+
+    from sentei import structure
+    from sentei.methods.one_shot import OneShot
+    from sentei.recipe.stage import Job, shadow
+
+    model = tiny_model("gemma3_text")
+    job = Job("m", "m", "one_shot", OneShot(criterion="greedy", sparsity=0.5), Path(), "heterogeneous", None)
+    twin, _ = shadow(job, model, structure.units(model, "layers"))
+    assert twin.config.num_hidden_layers == len(twin.config.layer_types) == 2
+    assert model.config.num_hidden_layers == len(model.config.layer_types) == 4

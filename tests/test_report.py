@@ -333,3 +333,24 @@ def test_torch_is_not_imported(full):
     result = subprocess.run([sys.executable, "-c", code, str(full)], capture_output=True, text=True, check=True)
     for heavy in ("torch", "transformers", "numpy", "matplotlib"):
         assert f"'{heavy}'" not in result.stdout
+
+
+def test_whole_blocks(tmp_path):
+    """How alike blocks are, which went by which score, and who shares with whom; nonsense is left out."""
+    (tmp_path / "child").mkdir()
+    record = {
+        "similarity": {"outputs": [[1.0, 0.5], [0.5, 1.0]], "updates": [[1.0, HOSTILE], [0.1, 1.0]]},
+        "scores": [{"score": "gates", "dropped": "3, " + HOSTILE, "held_loss": 3.25, "overlap": 1.0, "tokens": 4096}],
+        "fold": {"owner": [0, 1, 1], "origin": [0, 4, 6]},
+    }
+    content = compression()
+    content["stages"][0]["record"] |= record
+    (tmp_path / "child" / "compression.json").write_text(json.dumps(content))
+    page = report.write(None, [tmp_path / "child"], tmp_path / "r.html").read_text()
+    assert "0 and 1: 0.500" in page and "what blocks put out" in page and "add to the residual" not in page
+    assert "<td>gates</td>" in page and "3.25" in page and "4* 6" in page and "2 of 3 blocks are stored" in page
+    assert "<script>" not in page
+    for nonsense in ({"similarity": 3, "scores": "x", "fold": {"owner": [7]}}, {"fold": {"owner": "01"}}):
+        content["stages"][0]["record"] = nonsense
+        (tmp_path / "child" / "compression.json").write_text(json.dumps(content))
+        assert "Whole blocks" not in report.write(None, [tmp_path / "child"], tmp_path / "r.html").read_text()

@@ -3,14 +3,16 @@
     model, tokenizer = load("parent/")                 # folder, .gguf file or Hugging Face hub id
     save(model, tokenizer, "small/", parent="parent/", record=stage)
 
-reading.py checks before it loads; forms.py finds the configuration and tensors of each way to write a model;
-writing.py writes, reloads in a fresh process, and only then shows the folder under its name; card.py words the README;
-adapters.py does the same for PEFT modules without their base model.
+reading.py checks before it loads; forms.py and folded.py find the configuration and tensors of each way to write a
+model; writing.py writes, reloads in a fresh process, and only then shows the folder under its name; unfolding.py makes
+layers that share weights independent; card.py words the README; adapters.py does the same for PEFT modules without
+their base model.
 """
 
 from sentei.checkpoint import adapters
 from sentei.checkpoint.forms import SHAPES, Form, form
 from sentei.checkpoint.reading import Source, example_encoder, example_model, inspect, load
+from sentei.checkpoint.unfolding import unfold
 from sentei.checkpoint.writing import check_output, save, unpack
 from sentei.checkpoint.zeros import export_dense
 from sentei.remote import register
@@ -29,5 +31,6 @@ __all__ = [
     "load",
     "register",
     "save",
+    "unfold",
     "unpack",
 ]

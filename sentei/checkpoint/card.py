@@ -82,11 +82,18 @@ def _how_to_load(result: dict[str, Any], name: str) -> str:
             f'```python\nmodel, tokenizer = sentei.load("{name}")\n```\n\nThe weights are in a sparse container, which '
             f"transformers does not read; `sentei export {name} --to dense --out DIR` writes an ordinary checkpoint."
         )
-    if result["shape"] != "heterogeneous":
+    if result["shape"] not in ("heterogeneous", "folded"):
         return f'```python\nmodel = transformers.{auto_class}.from_pretrained("{name}")\n```'
+    load = f'```python\nmodel = transformers.{auto_class}.from_pretrained("{name}", trust_remote_code=True)\n```\n\n'
+    if result["shape"] == "folded":
+        return (
+            f"{load}The code is `modeling_sentei_folded.py` and `modeling_sentei.py` in this folder: layers of "
+            "the stock class that share weights, each stored and held in memory once. With `import sentei` before, the "
+            "flag is not needed and the files are not run; `sentei unfold` writes independent layers for any other "
+            "runtime. A stock class refuses the folder: the shapes of the shared weights do not fit it."
+        )
     return (
-        f'```python\nmodel = transformers.{auto_class}.from_pretrained("{name}", trust_remote_code=True)\n```\n\n'
-        "The code is `modeling_sentei.py` in this folder, which resizes the layers of the stock class. With "
+        f"{load}The code is `modeling_sentei.py` in this folder, which resizes the layers of the stock class. With "
         "`import sentei` before, the flag is not needed and the file is not run."
     )
 
@@ -100,7 +107,14 @@ def _loads_in(result: dict[str, Any]) -> str:
         return "\n".join(head + [f"| {runtime} | {how} | {done} |" for runtime, how, done in rows])
     kind = result["model_type"].removeprefix("sentei_")
     head = ["| runtime | how | verified when written |", "|---|---|---|"]
-    if result["shape"] == "heterogeneous":
+    if result["shape"] == "folded":
+        unfolded = "after `sentei unfold`, which stores shared weights once per layer"
+        rows = [
+            ("transformers 5.16 to 5.23", "`trust_remote_code=True`, or `import sentei` before", verified),
+            ("vLLM", unfolded, "no"),
+            ("llama.cpp", unfolded, "no"),
+        ]
+    elif result["shape"] == "heterogeneous":
         vllm = "`--trust-remote-code`, on its Transformers backend"
         if not all(layer["heads"] for layer in result["layers"]):
             vllm = "no: it needs attention in every layer; write with `--shape padded`"

@@ -3,6 +3,7 @@
 uniform        every layer the same sizes: a stock configuration, retyped where the family's own is too narrow
 heterogeneous  sizes differ per layer: `per_layer_config` and the modelling file in sentei/remote
 padded         heterogeneous, filled up with zeros to the widest layer: a stock configuration, same outputs
+folded         what a model whose layers share weights is written as, see folded.py
 
 A model whose layers are all equal (also: whole blocks removed) is written uniform even where heterogeneous is allowed.
 `form` needs the model's modules and config only, so that a shape can be refused before the work is done.
@@ -17,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from sentei import structure
+from sentei import folding, structure
 from sentei.remote import modeling_sentei
 from sentei.structure import LayerSize
 
@@ -25,7 +26,7 @@ SHAPES = ("heterogeneous", "uniform", "padded")
 # These configurations have no head_dim, they divide the hidden size by the number of heads: keep the parent's number.
 HEAD_DIM_DERIVED = {"qwen2", "phi3", "bert", "roberta", "distilbert"}
 ENCODERS = {"bert", "roberta", "distilbert"}
-_OURS = ("per_layer_config", "auto_map", "architectures", "attention_output_bias", "mlp_output_bias")
+_OURS = ("per_layer_config", "auto_map", "architectures", "attention_output_bias", "mlp_output_bias", "fold")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Form:
     """How a model will be written.
 
     Attributes:
-        shape: what it turned out to be, one of SHAPES.
+        shape: what it turned out to be, one of SHAPES or "folded".
         config: the configuration to write.
         model_class: the class that `config` builds.
         sizes: what each layer holds before padding.
@@ -59,6 +60,15 @@ def form(model: Any, shape: str = "heterogeneous") -> Form:
     Raises:
         ValueError: this shape cannot hold the model; the message says which one can, or which sizes would do.
     """
+    if folding.is_folded(model):
+        from sentei.checkpoint import folded  # which builds on this file
+
+        return folded.form(model, shape)
+    return unshared(model, "heterogeneous" if shape == "folded" else shape)
+
+
+def unshared(model: Any, shape: str) -> Form:
+    """`form` of a model whose layers share nothing, or as if they did not."""
     if shape not in SHAPES:
         raise ValueError(f"shape {shape!r} is not known; use {', '.join(SHAPES)}")
     sizes = tuple(structure.sizes(model))
@@ -94,6 +104,13 @@ def form(model: Any, shape: str = "heterogeneous") -> Form:
     config = config_class(**_heterogeneous_values(model, sizes, widest))
     config.auto_map = {auto: f"modeling_sentei.{made}" for auto, made in classes.items()}
     return Form("heterogeneous", config, getattr(modeling_sentei, classes[task]), sizes)
+
+
+def values(model: Any, written: Form) -> dict[str, Any]:
+    """The fields of a form's configuration: what another class needs to hold the same layers."""
+    if written.shape == "heterogeneous":
+        return _heterogeneous_values(model, written.sizes, _widest(model, written.sizes))
+    return _values_of(written.config)
 
 
 def tensors(model: Any, written: Form) -> dict[str, Tensor]:
@@ -266,7 +283,11 @@ def _width_values(name: str, size: LayerSize) -> dict[str, Any]:
 
 def _stock_values(model: Any) -> dict[str, Any]:
     """The fields of the model's configuration, less what is ours and what depends on where it came from."""
-    values = model.config.to_dict()
+    return _values_of(model.config)
+
+
+def _values_of(config: Any) -> dict[str, Any]:
+    values = config.to_dict()
     for key in (*_OURS, "model_type", "transformers_version", "_name_or_path", "quantization_config"):
         values.pop(key, None)
     return values

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sentei
 from sentei import remote, structure
-from sentei.checkpoint import card, forms, reading, zeros
+from sentei.checkpoint import card, folded, forms, reading, zeros
 from sentei.remote import reload
 
 TOLERANCE = 1e-5  # of the largest output, float32
@@ -87,6 +87,8 @@ def save(
             tokenizer.save_pretrained(partial)
         else:
             saved = _write_model(partial, model, tokenizer, written, state, dtype)
+            if written.shape == "folded":
+                folded.check_bytes(partial, saved)
         for name, place in (files or {}).items():
             shutil.copytree(place, partial / name) if place.is_dir() else shutil.copyfile(place, partial / name)
         account = _account(model, source, parent, record, written, saved, partial)
@@ -178,7 +180,8 @@ def _write_model(
         if (value := written.config.__dict__.get(size)) is not None:
             config[size] = value
     if written.needs_modeling_file:
-        shutil.copyfile(remote.MODELING_FILE, folder / remote.MODELING_FILE.name)
+        for file in remote.modeling_files(written.model_type):
+            shutil.copyfile(file, folder / file.name)
         config["auto_map"] = written.config.auto_map
     _write_json(path, config)
     return saved
@@ -232,7 +235,8 @@ def _account(
                 | ({"qk_head_dim": 2 * len(size.qk_pairs), "v_head_dim": size.head_dim} if size.qk_pairs else {})
                 for size in sizes
             ],
-        },
+        }
+        | ({"fold": written.config.fold} if written.shape == "folded" else {}),
         "kept": record.get("kept") or record.get("record", {}).get("kept") or before.get("kept"),
         "evaluation": record.get("evaluation", []),
         "versions": {

@@ -183,6 +183,14 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _unfold(options: argparse.Namespace) -> int:
+    from sentei import checkpoint
+
+    out, shared, independent = checkpoint.unfold(options.model, options.out, force=options.force)
+    print(f"saved {out} without sharing: {independent / 1e6:.1f} MB instead of {shared / 1e6:.1f} MB")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from sentei import report
 
@@ -244,6 +252,7 @@ _COMMANDS = {
     "heal": _heal,
     "eval": _evaluate,
     "bench": _bench,
+    "unfold": _unfold,
     "report": _report,
     "run": _run,
     "export": _export,

@@ -123,6 +123,11 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument("--dtype", default="auto", help="computation: auto, float32, bfloat16, float16")
     command.add_argument("--json", metavar="F", help="where to write (bench.json in the folder)")
 
+    command = add("unfold", "write a folded checkpoint with independent layers, for runtimes that cannot share weights")
+    command.add_argument("model", metavar="DIR", help="folder whose layers share weights")
+    command.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    command.add_argument("--force", action="store_true", help="replace the folder")
+
     command = add("report", "one HTML page and a Markdown table of checkpoints beside their parent")
     command.add_argument("model", metavar="PARENT", help="the dense model")
     command.add_argument("children", nargs="+", metavar="DIR", help="folders that `sentei compress` wrote")

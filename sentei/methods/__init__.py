@@ -14,6 +14,7 @@ from typing import Any, Protocol
 METHODS: dict[str, str] = {
     "one_shot": "sentei.methods.one_shot:OneShot",
     "policy_gradient": "sentei.methods.policy_gradient:PolicyGradient",
+    "fold_gpt": "sentei.methods.fold_gpt:FoldGPT",
     "heal": "sentei.methods.heal:Heal",
     "prune_peft": "sentei.methods.prune_peft:PrunePEFT",
     "atp": "sentei.methods.atp:ATP",

@@ -12,7 +12,7 @@ block_influence    1 - cos(block input, block output) ("ShortGPT")              
 greedy             drop the block whose loss rises least, again and again       arXiv 2402.09025 ("SLEB")
 =================  ===========================================================  ===============================
 
-1. Score the units on calibration text                                  `_scores`, `_greedy`
+1. Score the units on calibration text                                  `_scores`, `greedy.greedy`
 2. Keep the best under the budget                                       `masks.select`
 3. Make up for what goes: mean activations or a least-squares refit     `structural.cut`
 4. Cut                                                                  `structure.remove`
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sentei import importance, masks
+from sentei.greedy import greedy
 from sentei.methods import option
 from sentei.methods.structural import Run, Structural
 
@@ -73,7 +74,8 @@ class OneShot(Structural):
 
     def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
         if self.criterion == "greedy":
-            keep_U = self._greedy(run)
+            target = masks.removal_target(run.units, self.sparsity)
+            keep_U, _ = greedy(run.model, run.units, run.calibration, run.loss, target, tick=run.tick)
         else:
             keep_U = self.select(self._scores(run), run.units, self.resolved_scope)
         return keep_U, {"scope": self.resolved_scope}
@@ -95,19 +97,3 @@ class OneShot(Structural):
             # A global choice buys parameters with importance, so what counts is importance per parameter.
             return score_U / units.cost_U if self.resolved_scope == "global" else score_U
         return importance.block_influence(model, units, blocks_NT)
-
-    @torch.no_grad()
-    def _greedy(self, run: Run) -> Tensor:
-        """Drop the unit without which the calibration loss is lowest, until the budget is met."""
-        units, target = run.units, masks.removal_target(run.units, self.sparsity)
-        keep_U = torch.ones(len(units), dtype=torch.bool)
-        while units.removed_parameters(keep_U) < target:
-            losses: dict[int, float] = {}
-            for unit in keep_U.nonzero().flatten().tolist():
-                keep_U[unit] = False
-                with masks.masked(run.model, units, keep_U):
-                    losses[unit] = run.mean_loss(run.calibration)
-                keep_U[unit] = True
-                run.tick("trying blocks", units.removed_parameters(keep_U) + len(losses), target + len(units))
-            keep_U[min(losses, key=lambda unit: losses[unit])] = False
-        return keep_U

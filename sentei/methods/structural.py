@@ -77,6 +77,7 @@ class Structural:
     reads: ClassVar[str] = "text"
     saves: ClassVar[str] = "checkpoint"
     needs_teacher: ClassVar[bool] = False
+    may_keep_all: ClassVar[bool] = False  # a sparsity of 0 makes sense: the method does more than remove
 
     sparsity: float = option(0.3, "fraction of the decoder-layer parameters to remove, in [0, 1)")
     granularity: str = option("heads+channels", "heads+channels, heads, channels, sublayers or layers")
@@ -161,6 +162,10 @@ class Structural:
     def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
         """The units to keep, [U] bool, and the method's own account of how it found them. The model is not changed."""
         raise TypeError(f"{type(self).__name__} must define choose()")
+
+    def forecast(self, model: nn.Module) -> dict[str, str]:
+        """What a dry run should say beside sizes and time: name -> line."""
+        return {}
 
     def start(
         self,

@@ -64,6 +64,7 @@ def plan(
         lines["units"] = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
         lines["may go"] = f"{units.total:,} parameters ({units.total / layers:.1%} of the layers)"
         lines["will go"] = f"{total - left:,} parameters: {shares}"
+        lines |= job.method.forecast(loaded)
         lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
     elif outline := getattr(job.method, "outline", None):  # methods that remove no unit, only weights
         lines |= outline(loaded)

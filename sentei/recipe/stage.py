@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from sentei import methods
 from sentei.methods import Progress
 from sentei.recipe.fields import make_method
 
@@ -111,7 +113,7 @@ def shadow(job: Job, model: Any, units: Any) -> tuple[Any, Any]:
     score_U = -units.index_U.double() - 1e-6 * units.layer_U.double()
     keep_U = job.method.select(score_U, units, "layer" if job.shape == "uniform" else "global")
     with torch.device("meta"):
-        twin = type(model)(model.config)
+        twin = type(model)(copy.deepcopy(model.config))  # which a cut changes, and the model runs by its own
     job.method.remove(twin, units, keep_U)
     return twin, checkpoint.form(twin, job.shape)
 
@@ -162,7 +164,7 @@ class Job:
         teacher: str | Path | None = None,
         trust_remote_code: bool = False,
     ) -> Job:
-        _check_sparsity(fields)
+        _check_sparsity(name, fields)
         method = make_method(name, fields)
         needs_teacher = type(method).needs_teacher
         if teacher is not None and needs_teacher is False:
@@ -200,13 +202,15 @@ def _check_space(out: Path, need: int) -> None:
         raise ValueError(f"{place} has {free / 1e6:,.0f} MB free, the checkpoint may need {need / 1e6:,.0f} MB")
 
 
-def _check_sparsity(fields: Mapping[str, Any]) -> None:
+def _check_sparsity(name: str, fields: Mapping[str, Any]) -> None:
     if "sparsity" not in fields:
         return
     try:
         sparsity = float(fields["sparsity"])
     except (TypeError, ValueError):
         raise ValueError(f"sparsity is {fields['sparsity']!r}; expected a number between 0 and 1") from None
+    if sparsity == 0 and getattr(methods.load(name), "may_keep_all", False):
+        return
     if not 0 < sparsity < 1:
         raise ValueError(
             f"sparsity is the fraction of the decoder-layer parameters to remove, between 0 and 1; got {sparsity:g}"

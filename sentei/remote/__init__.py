@@ -1,4 +1,4 @@
-"""The modelling file that travels with a heterogeneous checkpoint, and its registration with transformers."""
+"""The modelling files that travel with a checkpoint of ours, and their registration with transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Any
 
 MODELING_FILE = Path(__file__).with_name("modeling_sentei.py")
+FOLDED_FILE = Path(__file__).with_name("modeling_sentei_folded.py")
+
+
+def modeling_files(model_type: str) -> list[Path]:
+    """What must lie beside the weights of a checkpoint of ours; the first is the one that `auto_map` names."""
+    return [FOLDED_FILE, MODELING_FILE] if model_type.startswith("sentei_folded_") else [MODELING_FILE]
 
 
 class _AtFirstUse:
@@ -14,13 +20,11 @@ class _AtFirstUse:
     Making it imports the stock modelling file, which may be the very file whose import led here.
     """
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, module: Any, name: str):
+        self._module, self._name = module, name
 
     def __getattr__(self, attribute: str) -> Any:
-        from sentei.remote import modeling_sentei
-
-        return getattr(getattr(modeling_sentei, self._name), attribute)
+        return getattr(getattr(self._module, self._name), attribute)
 
 
 def register() -> None:
@@ -28,12 +32,15 @@ def register() -> None:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    from sentei.remote import modeling_sentei
+    from sentei.remote import modeling_sentei, modeling_sentei_folded
 
-    for model_type in modeling_sentei.FAMILIES:
-        names = modeling_sentei.auto_classes(model_type)
-        config = getattr(modeling_sentei, names.pop("AutoConfig"))
-        transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-        for auto_class, name in names.items():
-            # AutoModel.register() would look into the class
-            getattr(modeling_auto, auto_class)._model_mapping.register(config, _AtFirstUse(name), exist_ok=True)
+    for module in (modeling_sentei, modeling_sentei_folded):
+        for model_type in module.FAMILIES:
+            names = module.auto_classes(model_type)
+            config = getattr(module, names.pop("AutoConfig"))
+            transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+            for auto_class, name in names.items():
+                # AutoModel.register() would look into the class
+                getattr(modeling_auto, auto_class)._model_mapping.register(
+                    config, _AtFirstUse(module, name), exist_ok=True
+                )

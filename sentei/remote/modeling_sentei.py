@@ -201,8 +201,8 @@ def _resize(linear, rows=None, columns=None, bias=None):
 
 def _decoder(layer, index, size, skip, config):
     """Llama, Mistral, Qwen, Gemma: norm -> sub-layer -> (Gemma: norm) -> residual sum."""
-    gemma = config.model_type in ("sentei_gemma2", "sentei_gemma3_text")
-    phi3 = config.model_type == "sentei_phi3"
+    gemma = config.model_type.endswith(("_gemma2", "_gemma3_text"))
+    phi3 = config.model_type.endswith("_phi3")
     heads, head_dim, width = size.num_attention_heads, config.head_dim, size.intermediate_size
     kv_heads = size.num_key_value_heads if heads else 0
     attention, mlp = layer.self_attn, layer.mlp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sentei.report import formats, plots, sections
+from sentei.report import depth, formats, plots, sections
 from sentei.report.markup import dot, esc, minus, pairs, row, section, sub, table_of
 from sentei.report.reading import Child, Key, Report, dig, number, strings, text
 from sentei.report.sections import QUANTITIES
@@ -22,6 +22,7 @@ def html(report: Report) -> str:
         section("Size and memory", sections.sizes(report)),
         section("Speed", sections.speed(report)),
         section("What was removed, and where", sections.removed(report)),
+        section("Whole blocks", depth.blocks(report)),
         section("Quality against size", sections.quality_against_size(report)),
         section("The runs", sections.curves(report)),
         section("The same prompt, before and after", sections.samples(report)),

@@ -259,6 +259,27 @@ def heat_map(bands: Sequence[Band], title: str) -> str:
     return _svg(end + right, top + row * len(bands), body, title, "heat")
 
 
+def square(matrix: Sequence[Sequence[float]], title: str) -> str:
+    """A symmetric heat map of cosines: the deeper the colour, the more alike; 0 and below are blank."""
+    count = len(matrix)
+    cell = min(24.0, 440.0 / count)
+    left = top = 26.0
+    every = max(1, math.ceil(22 / cell))
+    body = []
+    for number in range(0, count, every):
+        middle = cell * (number + 0.5)
+        body.append(_text(left + middle, top - 8, str(number), "tick", "middle"))
+        body.append(_text(left - 6, top + middle + 3, str(number), "tick", "end"))
+    for y, line in enumerate(matrix):
+        for x, value in enumerate(line):
+            box = f'x="{left + cell * x:.2f}" y="{top + cell * y:.2f}" width="{cell:.2f}" height="{cell:.2f}"'
+            shade = min(1.0, max(0.0, value))
+            hint = escape(f"{y} and {x}: {value:.3f}")
+            body.append(f'<g><title>{hint}</title><rect class="cell" {box}/>')
+            body.append(f'<rect class="hot" {box} fill-opacity="{shade:.3f}"/></g>')
+    return _svg(left + cell * count, top + cell * count, body, title, "square")
+
+
 # ------------------------------------------------------------------------------------------------------------- bars
 
 

@@ -50,7 +50,7 @@ tr.group > * { border-top:1px solid var(--muted); }
 figure { margin:0; } figcaption { font-size:13.5px; font-weight:600; margin:8px 0 2px; }
 svg { display:block; width:100%; height:auto; font:12px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif; }
 svg.plot { max-width:560px; }
-svg.heat { min-width:640px; }
+svg.heat { min-width:640px; } svg.square { max-width:520px; }
 svg.speed { width:200px; margin-left:auto; }
 svg text { fill:var(--ink); } svg .tick { fill:var(--muted); font-size:11.5px; } svg .mark { font-size:12px; }
 svg .grid { stroke:var(--line); } svg .axis { stroke:var(--muted); }

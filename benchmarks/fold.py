@@ -1,0 +1,319 @@
+"""Removing blocks, sharing their weights, or both, at equal stored parameters: before and after the same healing.
+
+    python benchmarks/fold.py --out results/fold-smollm2.json --stored 0.8 0.7 0.6 0.5
+    python benchmarks/fold.py --out results/fold-smollm2.json --small            # minutes: does it work?
+    python benchmarks/fold.py --out results/fold-smollm2.json --weigh            # bytes, resident memory, tokens/s
+    python benchmarks/fold.py --out results/fold-smollm2.json --markdown
+
+A row stores at most the asked fraction of the blocks' parameters, corrections included. All rows calibrate, heal and
+are judged on the same text; healing trains the same kind of parameters in each (adapters of one rank on all stored
+linears, and in folded models what is a layer's own). Rows are written as they are made; a second run makes the rest.
+`--weigh` saves every unhealed row and times it against the dense model, and a folded one against itself unfolded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sentei import benchmark, checkpoint, data, evaluate, folding, masks, structure
+from sentei.greedy import greedy
+from sentei.methods.fold_gpt import FoldGPT, healing
+
+# name -> (score that removes, part of what goes that is removed; the rest is folded)
+ROWS: dict[str, tuple[str, float]] = {
+    "remove: block influence": ("block_influence", 1.0),
+    "remove: greedy": ("greedy", 1.0),
+    "remove: gates": ("gates", 1.0),
+    "remove: Taylor": ("taylor", 1.0),
+    "remove: random": ("random", 1.0),
+    "fold": ("gates", 0.0),
+    "gates + fold, half and half": ("gates", 0.5),
+    "gates + fold, three to one": ("gates", 0.75),
+    "greedy + fold, half and half": ("greedy", 0.5),
+}
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    if args.markdown:
+        print(markdown(json.loads(out.read_text())))
+        return
+    table = json.loads(out.read_text()) if out.exists() else {"rows": [], "greedy": {}, "weights": []}
+    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    text = data.load(args.data)
+    table |= {
+        "model": Path(args.model).name if Path(args.model).exists() else args.model,
+        "calibration": {"name": Path(args.data).name, "sha256": text.sha256},
+        "settings": {
+            key: value for key, value in vars(args).items() if key not in ("out", "markdown", "rows", "stored")
+        },
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "dtype": str(next(model.parameters()).dtype),
+        "versions": {"torch": torch.__version__},
+    }
+
+    def write() -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
+        out.with_suffix(".tmp").replace(out)
+
+    def put(row: dict[str, Any]) -> None:
+        table["rows"].append(row)
+        write()
+        print(json.dumps({key: row[key] for key in row if key != "groups"}), flush=True)
+
+    made = {(row["row"], row["stored"], row["seed"], row["healed"]) for row in table["rows"]}
+    weighed = {(row["row"], row["stored"]) for row in table["weights"]}
+    if ("dense", 1.0, 0, False) not in made:
+        put({"row": "dense", "stored": 1.0, "seed": 0, "healed": False} | quality(model, tokenizer, args))
+    for stored in args.stored:
+        for name in args.rows or ROWS:
+            for seed in range(args.seeds):
+                wanted = [False, True] if args.heal_steps else [False]
+                missing = [healed for healed in wanted if (name, stored, seed, healed) not in made]
+                if not missing and (not args.weigh or seed or (name, stored) in weighed):
+                    continue
+                method = row_method(name, stored, seed, args)
+                small = copy.deepcopy(model)
+                run, dense, row = prune(method, small, tokenizer, text, table, write)
+                row = {"row": name, "stored": stored, "seed": seed} | row
+                if False in missing:
+                    put(row | {"healed": False} | quality(small, tokenizer, args))
+                if args.weigh and not seed and (name, stored) not in weighed:
+                    table["weights"].append({"row": name, "stored": stored} | weigh(small, tokenizer, args))
+                    write()
+                if True in missing:
+                    started = time.monotonic()
+                    record = method.heal(run, dense, row["origin"], folding.is_folded(small))
+                    spent = {"heal_seconds": time.monotonic() - started, "heal_tokens": record["tokens"]}
+                    spent |= {"heal_trained": record["trained_parameters"]}
+                    put(row | {"healed": True} | spent | quality(small, tokenizer, args))
+
+
+def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) -> FoldGPT:
+    score, part = ROWS[name]
+    remove = (1 - stored) * part
+    # a group of two saves half of what is in groups, less the corrections: fewer parameters need larger groups
+    left = 1 - remove
+    group_size = 2 if (left - stored) / left < 0.42 else 3 if (left - stored) / left < 0.57 else 4
+    return FoldGPT(
+        sparsity=remove,
+        target_blocks=stored if part < 1 else None,
+        score=(score,),
+        group_size=args.group_size or group_size,
+        parent=args.parent,
+        plan=args.plan,
+        lora_rank=args.lora_rank,
+        gate_steps=args.gate_steps,
+        gate_batch=args.gate_batch,
+        calibration_samples=args.calibration,
+        calibration_seq_len=args.tokens,
+        fold_samples=args.fold_samples,
+        heal_steps=max(1, args.heal_steps),
+        heal_lora_rank=args.heal_rank,
+        batch_size=args.batch_size,
+        hidden_weight=args.hidden_weight,
+        tail_layers=args.tail_layers,
+        seed=seed,
+    )
+
+
+def prune(
+    method: FoldGPT, model: Any, tokenizer: Any, text: Any, table: dict[str, Any], write: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Remove and fold `model` in place: what the method's own `compress` does before it heals."""
+    run = method.start(model, tokenizer, text)
+    dense = healing.aliased(model)
+    began = time.monotonic()
+    row: dict[str, Any] = {}
+    if method.sparsity and method.score == ("greedy",):
+        keep_U = greedy_prefix(method, run, table, write)
+    else:
+        keep_U, account = method.choose(run)
+        if account["scores"]:
+            row = {key: account["scores"][0][key] for key in ("held_loss", "held_loss_dense", "tokens", "seconds")}
+            row["polarised"] = account.get("gates_polarised")
+    row["score_seconds"] = time.monotonic() - began
+    method.cut(run, keep_U)
+    origin = method.origin(run.units, keep_U)
+    row |= {"origin": origin, "removed": [i for i in range(run.units.num_layers) if i not in origin]}
+    if method.folds:
+        folded = method.fold(run, dense, origin)
+        if folded is not None:
+            row |= {key: folded[key] for key in ("groups", "fold_seconds", "measurements", "saved_parameters")}
+    row["parameters"] = structure.total_parameters(model)
+    row["stored_of_layers"] = structure.layer_parameters(model) / structure.layer_parameters(dense)
+    row["stored_of_model"] = row["parameters"] / structure.total_parameters(dense)
+    return run, dense, row
+
+
+def greedy_prefix(method: FoldGPT, run: Any, table: dict[str, Any], write: Any) -> torch.Tensor:
+    """Greedy's order does not depend on how much is to go: made once, for the largest rate asked so far."""
+    units, target = run.units, masks.removal_target(run.units, method.sparsity)
+    order: list[int] = table["greedy"].get(str(method.seed), [])
+    keep_U = torch.ones(len(units), dtype=torch.bool)
+    keep_U[order] = False
+    if units.removed_parameters(keep_U) < target:
+        protected_U = (units.layer_U < method.protect_first) | (units.layer_U >= units.num_layers - method.protect_last)
+        _, found = greedy(
+            run.model, units, run.calibration, run.loss, target, protected_U=protected_U, batch_size=method.batch_size
+        )
+        order = [int(entry["unit"]) for entry in found]
+        table["greedy"][str(method.seed)] = order
+        write()
+    keep_U = torch.ones(len(units), dtype=torch.bool)
+    for unit in order:
+        if units.removed_parameters(keep_U) < target:
+            keep_U[unit] = False
+    return keep_U
+
+
+def quality(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    model.eval()
+    text = data.read_text(args.test)
+    found: dict[str, Any] = {"perplexity": {}}
+    for context, blocks in ((128, args.blocks_128), (1024, args.blocks_1024)):
+        if blocks:
+            measured = evaluate.perplexity_text(
+                model, tokenizer, text, context=context, max_blocks=blocks, batch_size=max(1, 1024 // context),
+                progress=False,
+            )  # fmt: skip
+            found["perplexity"][str(context)] = {"value": measured["perplexity"], "blocks": measured["blocks"]}
+    return found
+
+
+def weigh(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Bytes on disk, and in turns with the dense model (and with itself unfolded): memory and tokens per second."""
+    settings = {"prompt_tokens": args.prompt_tokens, "new_tokens": 16, "rounds": args.rounds, "progress": False}
+    stage = {"method": "fold_gpt", "fields": {}, "seed": 0, "data": {"name": "", "sha256": ""}, "record": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, plain = Path(scratch) / "small", Path(scratch) / "unfolded"
+        checkpoint.save(model, tokenizer, folder, parent=args.model, record=stage)
+        found = {
+            "parameters": structure.total_parameters(model),
+            "bytes": checkpoint.inspect(folder).bytes,
+            "parent_bytes": checkpoint.inspect(args.model).bytes,
+            "against_dense": ratios(benchmark.run(folder, args.model, **settings)),
+        }
+        if folding.is_folded(model):
+            checkpoint.unfold(folder, plain)
+            found["unfolded_bytes"] = checkpoint.inspect(plain).bytes
+            found["against_unfolded"] = ratios(benchmark.run(folder, plain, **settings))
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def ratios(result: dict[str, Any]) -> dict[str, Any]:
+    names = ("speedup_prefill", "speedup_first_token", "speedup_decode")
+    sides = {side: result[side]["memory"] for side in ("parent", "child")}
+    return {name: result.get(name) for name in names} | {"memory": result["ratios"], "bytes": sides}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """One line per row and rate, perplexity before and after healing; then bytes, memory and speed."""
+    dense = next(row for row in table["rows"] if row["row"] == "dense")
+    contexts = list(dense["perplexity"])
+    shown = ", ".join(f"{dense['perplexity'][c]['value']:.2f} at {c}" for c in contexts)
+    healed = next((row for row in table["rows"] if row["healed"]), None)
+    tokens = f"{healed['heal_tokens']:,} tokens" if healed else "none"
+    lines = [
+        f"{table['model']}, {table['dtype'].removeprefix('torch.')}, {table['machine']}. Perplexity on WikiText-2 raw "
+        f"test; dense: {shown}. Calibrated and healed ({tokens}) on {table['calibration']['name']}.",
+        "",
+        "| stored of blocks | row | removed | groups | " + " | ".join(f"{c}, healed" for c in contexts)
+        + " | " + " | ".join(f"{c}, not healed" for c in contexts) + " | parameters |",
+        "|---|---|---|---|" + "---|" * (2 * len(contexts) + 1),
+    ]  # fmt: skip
+    keys = dict.fromkeys((row["stored"], row["row"]) for row in table["rows"] if row["row"] != "dense")
+
+    def value(stored: float, name: str, after: bool, context: str) -> str:
+        found = [
+            row["perplexity"][context]["value"]
+            for row in table["rows"]
+            if (row["stored"], row["row"], row["healed"]) == (stored, name, after) and context in row["perplexity"]
+        ]
+        return f"{sum(found) / len(found):,.1f}" + (f" (n={len(found)})" if len(found) > 1 else "") if found else ""
+
+    for stored, name in sorted(keys, key=lambda key: -key[0]):
+        row = next(row for row in table["rows"] if (row["stored"], row["row"]) == (stored, name))
+        cells = [value(stored, name, after, c) for after in (True, False) for c in contexts]
+        lines.append(
+            f"| {row['stored_of_layers']:.1%} | {name} | {len(row['removed'])} | {len(row.get('groups', []))} | "
+            f"{' | '.join(cells)} | {row['parameters']:,} |"
+        )
+    if table["weights"]:
+        lines += [
+            "",
+            "| stored | row | file | of the dense | loaded memory of dense | prefill, decode against dense | "
+            "prefill, decode against unfolded |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for row in table["weights"]:
+        speed = [
+            f"{found['speedup_prefill']:.2f}, {found['speedup_decode']:.2f}" if found else ""
+            for found in (row["against_dense"], row.get("against_unfolded"))
+        ]
+        memory = row["against_dense"]["memory"]["loaded_memory"]
+        lines.append(
+            f"| {row['stored']} | {row['row']} | {row['bytes'] / 1e6:.1f} MB | "
+            f"{row['bytes'] / row['parent_bytes']:.3f} | {memory:.3f} | {speed[0]} | {speed[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--out", default="results/fold-smollm2.json")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of an existing file and stop")
+    parser.add_argument("--small", action="store_true", help="few steps and tokens, unless a flag says otherwise")
+    parser.add_argument("--weigh", action="store_true", help="save unhealed rows; measure bytes, memory and speed")
+    parser.add_argument("--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration and healing")
+    parser.add_argument("--test", default="../shared/data/wikitext-2-raw/wiki.test.raw")
+    parser.add_argument("--stored", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5], help="of block parameters")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--calibration", type=int, default=16, help="blocks of text for scores other than gates")
+    parser.add_argument("--tokens", type=int, default=256, help="per block of all calibration and healing text")
+    parser.add_argument("--gate-steps", type=int, default=200)
+    parser.add_argument("--gate-batch", type=int, default=8)
+    parser.add_argument("--fold-samples", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=None, help="default: the smallest that reaches the rate")
+    parser.add_argument("--parent", default="best")
+    parser.add_argument("--plan", default="auto")
+    parser.add_argument("--lora-rank", type=int, default=8, help="of what a folded layer keeps for itself")
+    parser.add_argument("--heal-steps", type=int, default=200)
+    parser.add_argument("--heal-rank", type=int, default=8, help="of temporary adapters, in every row")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--hidden-weight", type=float, default=1.0)
+    parser.add_argument("--tail-layers", type=int, default=2)
+    parser.add_argument("--blocks-128", type=int, default=100)
+    parser.add_argument("--blocks-1024", type=int, default=10)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="auto")
+    small = {
+        "gate_steps": 20, "gate_batch": 2, "calibration": 2, "tokens": 64, "fold_samples": 2, "heal_steps": 2,
+        "batch_size": 2, "blocks_128": 4, "blocks_1024": 0, "plan": "dp", "parent": "first", "rounds": 1,
+        "prompt_tokens": 32,
+    }  # fmt: skip
+    if parser.parse_known_args()[0].small:
+        parser.set_defaults(**small)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    main()

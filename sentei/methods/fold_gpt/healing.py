@@ -1,0 +1,247 @@
+"""Train the few numbers that are a layer's own: cross-entropy, KL to the dense model, and its last hidden states.
+
+    L = w_ce CE + alpha t^2 KL(dense^t || model^t) + beta mean over tail layers and tokens of |h_s - h_t|^2 / |h_t|^2
+
+What trains is small: norms, scales and low-rank terms of the corrected layers, and adapters on the owners' linears
+where asked for, which act in every layer that uses the owner and are merged at the end. The dense model and the folded
+one hold the frozen tensors together, so the teacher costs activations and no second set of weights.
+
+Shape legend: B batch, T tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from sentei import folding, structure
+from sentei.distill import Distillation
+from sentei.methods import Progress
+from sentei.train import Batch, Settings, autocast, causal_batch, mix, resolve_precision, shuffled, train
+
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+Pairs = list[tuple[int, int]]
+"""(layer of the student, layer of the teacher) whose outputs should agree."""
+
+
+def aliased(model: nn.Module) -> nn.Module:
+    """A copy of the model that holds the same matrices; norms and biases, which may change in the copy, are its own."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if p.ndim >= 2})
+
+
+def tail_pairs(origin: list[int], num_dense: int, tail: int) -> Pairs:
+    """The last `tail` layers with the dense layers that they were; the very last with the dense model's very last."""
+    pairs = [(number, origin[number]) for number in range(max(0, len(origin) - tail), len(origin))]
+    return [*pairs[:-1], (len(origin) - 1, num_dense - 1)] if pairs else []
+
+
+def tail_loss(student_BTH: Tensor, teacher_BTH: Tensor) -> Tensor:
+    """Mean over tokens of |h_s - h_t|^2 / |h_t|^2; position 0, where activations are huge, is left out."""
+    student, teacher = student_BTH[:, 1:].float(), teacher_BTH[:, 1:].float()
+    return ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+@dataclass(frozen=True)
+class TailDistillation(Distillation):
+    """`Distillation` and the match of the tail's hidden states.
+
+    Attributes:
+        pairs: taken at the blocks themselves, so the last one is before the final norm.
+    """
+
+    hidden_weight: float = 1.0
+    pairs: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if self.teacher is None or not self.hidden_weight or not self.pairs:
+            return super().__call__(student, batch)
+        layers, dense = zip(*self.pairs, strict=True)
+        with seen(student, layers) as ours, seen(self.teacher, dense) as theirs:
+            losses = super().__call__(student, batch)
+        # A tensor made in inference mode may not be kept for a backward pass; its clone may.
+        hidden = torch.stack([tail_loss(ours[s], theirs[t].clone()) for s, t in self.pairs]).mean()
+        return losses | {"loss": losses["loss"] + self.hidden_weight * hidden, "hidden": hidden.detach()}
+
+
+@contextmanager
+def seen(model: nn.Module, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside the block the outputs of some layers, as they were computed last, by number."""
+    found: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for number in set(numbers):
+
+            def see(module: nn.Module, args: Any, output: Tensor, number: int = number) -> None:
+                found.setdefault(number, output)  # recomputation in a backward pass comes later
+
+            stack.callback(structure.layers(model)[number].register_forward_hook(see).remove)
+        yield found
+
+
+def heal(
+    model: nn.Module,
+    dense: nn.Module,
+    train_NT: Tensor,
+    held_NT: Tensor,
+    loss: TailDistillation,
+    settings: Settings,
+    *,
+    batch_size: int,
+    lora_rank: int,
+    folder: Path | None = None,
+    report: Progress | None = None,
+) -> dict[str, Any]:
+    """Train in place. Frozen tensors keep their dtype; the small ones are fp32 meanwhile and cast back at the end.
+
+    Args:
+        lora_rank: of temporary adapters on every linear of the blocks (of owners, in a folded model); 0: none.
+    Returns:
+        "loss_before", "loss_after" (validation, nats per token; after the cast), "kl_before", "kl_after", "steps",
+        "tokens", "trained_parameters", "history".
+    """
+    if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDED):
+        raise ValueError(
+            "healing runs on one device or with plain data parallelism; under FSDP or DeepSpeed a folded layer would "
+            "call into another layer's shard. Unset " + " and ".join(SHARDED)
+        )
+    device = next(model.parameters()).device
+    precision = resolve_precision(settings.precision, device)
+    before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    was_training = model.training
+    if precision == "fp32":  # a 16-bit product is slow on such a device, and these casts are exact both ways
+        for p in (*model.parameters(), *dense.parameters()):
+            p.data = p.data.float()
+    model.requires_grad_(False)
+    for p in own_parameters(model):
+        p.requires_grad_(True)
+        p.data = p.data.float()
+    adapters = _adapt(model, lora_rank, settings.seed) if lora_rank else []
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    held = [causal_batch(rows) for rows in held_NT.to(device).split(batch_size)]
+    history = [{"step": 0} | _measure(model, loss, held, precision)]
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    state: dict[str, Any] = {"history": history}
+    terms = (loss.ce_weight, loss.kl_weight, loss.hidden_weight, loss.temperature, loss.pairs)
+    run = train(
+        model,
+        shuffled(train_NT.to(device), batch_size, seed=settings.seed),
+        loss,
+        settings,
+        folder=folder,
+        state=state,
+        fingerprint=repr((terms, batch_size, lora_rank, int(train_NT.sum()))),
+    )
+    tokens = 0
+    try:
+        with closing(run):
+            for step in run:
+                tokens = step.tokens
+                if step.progress >= 1 or int(4 * step.progress) > int(4 * state["history"][-1].get("progress", 0.0)):
+                    state["history"].append(asdict(step) | _measure(model, loss, held, precision))
+                if report is not None:
+                    shown = f"healing: loss {step.losses['loss']:.3f}, held out {state['history'][-1]['loss']:.3f}"
+                    report({"step": step.step, "of": settings.steps, "message": shown, **step.losses})
+        history = state["history"]
+        best = min(history, key=lambda entry: entry["loss"])
+        if best is history[0]:  # healing made it worse: leave the model as it was
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(start[name])
+    finally:
+        _merge(model, adapters)
+        for name, p in model.named_parameters():
+            dtype, requires_grad = before[name]
+            p.data = p.data.to(dtype)
+            p.requires_grad_(requires_grad)
+        model.train(was_training)
+    after = _measure(model, loss, held, precision)
+    return {
+        "loss_before": history[0]["loss"],
+        "loss_after": after["loss"],
+        "kl_before": history[0].get("kl"),
+        "kl_after": after.get("kl"),
+        "steps": history[-1]["step"],
+        "tokens": history[-1].get("tokens", tokens),
+        "improved": best is not history[0],
+        "trained_parameters": sum(p.numel() for p in trained.values()),
+        "history": [
+            {f"validation_{key}" if key in ("loss", "kl") else key: value for key, value in entry.items()}
+            for entry in history
+        ],
+    }
+
+
+def own_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What corrected layers of a folded model have for themselves: norms, scales, A and B."""
+    found: list[nn.Parameter] = []
+    for layer in structure.layers(model):
+        children = [linear for linear in folding.linears(layer).values() if isinstance(linear, folding.ChildLinear)]
+        shared = {id(p) for child in children if child.base is not None for p in child.base.parameters()}
+        if children:
+            found += [p for p in layer.parameters() if id(p) not in shared]
+    return found
+
+
+def _adapt(model: nn.Module, rank: int, seed: int) -> list[str]:
+    blocks = {id(module) for block in structure.layers(model) for module in block.modules()}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if id(module) in blocks and isinstance(module, nn.Linear) and module.weight.numel()
+    ]
+    free = [p for p in model.parameters() if p.requires_grad]  # peft freezes what is not its own
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", target_modules=[*names])
+    with torch.random.fork_rng([]):
+        torch.manual_seed(mix(seed, "lora"))
+        inject_adapter_in_model(config, model)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+        if p.requires_grad:
+            p.data = p.data.float()
+    for p in free:
+        p.requires_grad_(True)
+    return names
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, names: list[str]) -> None:
+    """Into the owners' weights, in fp32; a new tensor, for the dense model may hold the old one."""
+    for name in names:
+        wrapped = model.get_submodule(name)
+        assert isinstance(wrapped, LoraLayer)
+        linear = wrapped.get_base_layer()
+        delta = wrapped.get_delta_weight("default")
+        assert isinstance(linear, nn.Linear)
+        weight = (linear.weight.float() + delta.float()).to(linear.weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        model.set_submodule(name, linear)
+    if names:
+        del model.peft_config
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, loss: TailDistillation, held: list[Batch], precision: str) -> dict[str, float]:
+    """Means over held-out batches: cross-entropy as "loss", and "kl"."""
+    was_training = model.training
+    model.eval()
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in held:
+        with autocast(precision, next(model.parameters()).device):
+            parts = Distillation(loss.teacher)(model, batch)
+        rows = len(batch["input_ids"])
+        for name in ("ce", "kl"):
+            if name in parts:
+                sums[name] = sums.get(name, 0.0) + float(parts[name]) * rows
+        count += rows
+    model.train(was_training)
+    return {{"ce": "loss"}.get(name, name): total / count for name, total in sums.items()}

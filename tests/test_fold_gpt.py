@@ -1,0 +1,558 @@
+"""FoldGPT-style removal, folding and healing: the maths by hand, and what must hold on any model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from sentei import checkpoint, data, distill, folding, masks, report, structure
+from sentei.cli import main
+from sentei.folding import ChildLinear
+from sentei.importance import block_influence
+from sentei.methods.fold_gpt import FoldGPT, check, gates, healing, plan
+from sentei.train import Settings
+
+PHRASE = "so it goes, and goes again, until the end of all the words that anyone has ever said; "
+IDS = torch.randint(5, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+BLOCKS = torch.randint(5, 128, (4, 12), generator=torch.Generator().manual_seed(1))
+FEW = {
+    "calibration_samples": 4, "calibration_seq_len": 16, "gate_steps": 4, "gate_batch": 2, "fold_samples": 4,
+    "heal_steps": 2, "batch_size": 2, "eval_samples": 2, "lora_rank": 2, "save_every": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def text():
+    return data.Text([PHRASE * 12, PHRASE[::-1] * 12], [PHRASE * 4], [PHRASE], "phrases", "0" * 64)
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def small(layers=5, family="llama", **overrides):
+    return tiny_model(family, num_hidden_layers=layers, **overrides)
+
+
+# --- gates ----------------------------------------------------------------------------------------------------------
+
+
+def test_gate():
+    def g(a, eps):
+        return float(gates.gate(torch.tensor(a, dtype=torch.double), eps))
+
+    assert g(1, 1) == 0.5 and g(0, 0.3) == 0
+    assert g(2, 0.1) == pytest.approx(0.975610, abs=1e-6)
+    assert g(3, 0.5) == pytest.approx(0.947368, abs=1e-6)
+    both = 2 * torch.tensor(3.0, dtype=torch.double).log() - torch.tensor(0.5, dtype=torch.double).log()
+    assert g(3, 0.5) == pytest.approx(float(both.sigmoid()))
+    a = torch.tensor(1.0, dtype=torch.double, requires_grad=True)
+    assert float(torch.autograd.grad(gates.gate(a, 1.0), a)[0]) == 0.5
+    assert gates.start(0.98, 0.02) == pytest.approx(0.989949, abs=1e-6)
+
+
+def test_penalty():
+    g = torch.tensor([1, 0.5, 0.25], dtype=torch.double, requires_grad=True)
+    kept = (torch.tensor([1, 1, 2], dtype=torch.double) * g).sum() / 4
+    term = gates.penalty(kept, 0.75, 0.0, 1.0, 3)
+    assert kept.item() == 0.5 and term.item() == 0.1875
+    assert float(torch.autograd.grad(term, g)[0][2]) == -0.75
+
+
+def test_schedule():
+    schedule = gates.Schedule(steps=100, eps=0.02, eps_end=0.0005)
+    assert schedule.kappa_at(24, 0.2) == pytest.approx(0.9) and schedule.kappa_at(49, 0.2) == pytest.approx(0.8)
+    assert schedule.kappa_at(99, 0.2) == pytest.approx(0.8)
+    assert schedule.eps_at(0) == schedule.eps_at(49) == 0.02
+    assert schedule.eps_at(99) == pytest.approx(0.0005) and schedule.eps_at(74) == pytest.approx((0.02 * 0.0005) ** 0.5)
+
+
+def surrogate(seed):
+    """Costs of closing 30 gates alone and in neighbouring pairs: (kept, polarised, chosen's cost, one-shot's)."""
+    random = torch.Generator().manual_seed(seed)
+    single = torch.rand(30, generator=random, dtype=torch.double) * 0.33 + 0.05
+    vital = torch.randperm(30, generator=random)[:3]
+    single[vital] = torch.rand(3, generator=random, dtype=torch.double) * 3.3 + 2.7
+    pair = torch.rand(29, generator=random, dtype=torch.double) * 0.1
+
+    def cost(x):
+        return (single * x).sum() + (pair * x[:-1] * x[1:]).sum()
+
+    def loss(g, step):
+        noise = single.clamp(max=0.3) * torch.randn(30, generator=random, dtype=torch.double)
+        return cost(1 - g) + (g * noise).sum()
+
+    def chosen(score):
+        x = torch.zeros(30, dtype=torch.double)
+        x[score.argsort()[:6]] = 1
+        return float(cost(x))
+
+    trained = gates.Gates(torch.full((30,), 1 / 30), 0.2, gates.Schedule(), loss)
+    score = trained.run()
+    last = gates.gate(trained.a_U.detach(), gates.Schedule().eps_end)
+    return float(last.mean()), gates.polarised(last), chosen(score), chosen(single)
+
+
+def test_gates_on_a_surrogate():
+    kept, decided, found, one_shot = (statistics.mean(column) for column in zip(*map(surrogate, range(8)), strict=True))
+    assert abs(kept - 0.8) < 0.01 and decided >= 0.9 and found <= one_shot
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("granularity", ["layers", "sublayers"])
+def test_open_and_closed_gates(family, granularity):
+    model = tiny_model(family)
+    units = structure.units(model, granularity)
+    g = torch.ones(len(units), dtype=torch.double)
+    dense = logits(model)
+    with gates.gated(model, units, lambda: g):
+        assert torch.equal(logits(model), dense)
+        g[1] = 0
+        closed = logits(model)
+    keep = torch.ones(len(units), dtype=torch.bool)
+    keep[1] = False
+    structure.remove(model, units, keep)
+    assert torch.equal(logits(model), closed)
+
+
+def test_gates_leave_no_trace(words, text):
+    model = small()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    run = FoldGPT(sparsity=0.2, **FEW).start(model, words, text)
+    keep, account = run.method.choose(run)
+    assert len(account["gates"]) == 4 and int((~keep).sum()) == 1 and keep[0] and keep[-1]
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_useless_block_goes_first(words, text):
+    model = small(attention_bias=False, mlp_bias=False)
+    nn.init.zeros_(structure.layers(model)[2].self_attn.o_proj.weight)
+    nn.init.zeros_(structure.layers(model)[2].mlp.down_proj.weight)
+    scores = ("gates", "block_influence", "greedy", "taylor")
+    run = FoldGPT(sparsity=0.2, score=scores, **FEW | {"gate_steps": 40}).start(model, words, text)
+    _, account = run.method.choose(run)
+    rows = {row["score"]: row for row in account["scores"]}
+    for name in ("gates", "block_influence"):
+        assert rows[name]["dropped"] == "2", name
+        assert rows[name]["held_loss"] == pytest.approx(rows[name]["held_loss_dense"], abs=1e-6)
+    assert rows["gates"]["rank_correlation"] == pytest.approx(1) and rows["gates"]["overlap"] == 1
+    # random blocks may do harm, so greedy may find a better one; the useless one costs nothing
+    assert account["greedy"][0]["loss"] <= run.mean_loss(run.calibration) + 1e-6
+    assert abs(rows["taylor"]["values"][2]) < 1e-6
+
+
+def test_pairs_that_only_hurt_together():
+    """Blocks 1 and 2 do the same work: either may go, not both. Scores that see blocks singly take both."""
+    single = torch.tensor([5.0, 0.1, 0.1, 0.3, 5.0], dtype=torch.double)
+
+    def cost(x):
+        return (single * x).sum() + 3 * x[1] * x[2]
+
+    trained = gates.Gates(torch.full((5,), 0.2), 0.4, gates.Schedule(), lambda g, step: cost(1 - g))
+    trained.a_U.data[1] *= 0.999  # a tie must be broken somehow
+    gone = set(trained.run().argsort()[:2].tolist())
+    assert set(single.argsort()[:2].tolist()) == {1, 2} and gone in ({1, 3}, {2, 3})
+
+
+def test_block_influence_by_hand():
+    before, after = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[1.0, 1], [0, 2]])
+    cosine = nn.functional.cosine_similarity(before, after, dim=-1)
+    assert float(1 - cosine.mean()) == pytest.approx(0.146447, abs=1e-6)
+    model = small()
+    units = structure.units(model, "layers")
+    alike = check.similarity(model, BLOCKS, lambda ids: model(input_ids=ids, use_cache=False))
+    influence = block_influence(model, units, BLOCKS)
+    # the output of block l is the input of block l + 1
+    for layer in range(1, 5):
+        assert alike["outputs"][layer - 1][layer] == pytest.approx(1 - float(influence[layer]), abs=1e-3)
+    assert all(alike[name][i][i] == pytest.approx(1, abs=1e-3) for name in alike for i in range(5))
+    assert alike["updates"][0][3] == alike["updates"][3][0]
+
+
+# --- folding --------------------------------------------------------------------------------------------------------
+
+
+def test_output_scale():
+    uv, vv = torch.tensor([1 * 2 + 2 * 4.0]), torch.tensor([1 + 4.0])
+    assert float(plan.output_scale(uv, vv, 0.0)) == 2 and float(plan.output_scale(uv, vv, 1.0)) == 1.5
+    assert float(plan.output_scale(torch.zeros(1), torch.zeros(1))) == 1
+
+
+def test_low_rank():
+    delta, rms = torch.randn(5, 7), torch.rand(7) + 0.1
+    a, b = plan.low_rank(delta, rms, 7)
+    torch.testing.assert_close(b @ a, delta)
+    a, b = plan.low_rank(delta, rms, 2)
+    best = sum(torch.linalg.svdvals(delta * rms)[2:].square()).sqrt()
+    torch.testing.assert_close(((b @ a - delta) * rms).norm(), best)
+
+
+def test_planner():
+    costs = [([i, i + 1], cost, 1) for i, cost in enumerate((5, 1, 4, 1))]
+    assert plan.cheapest(costs, 2) == [[1, 2], [3, 4]]
+    costs = [([i, i + 1], cost, 1) for i, cost in enumerate((2, 1, 2, 9))]
+    assert plan.cheapest(costs, 2) == [[0, 1], [2, 3]]  # taking the cheapest first would cost 10
+    assert plan.cheapest([([0, 1], 3.0, 5), ([1, 2], 1.0, 1), ([3, 4], 1.0, 4)], 5) == [[1, 2], [3, 4]]
+
+
+def test_kl_by_hand():
+    student, teacher = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    assert float(distill.kl(student, teacher)) == pytest.approx(0.143841, abs=1e-6)
+
+
+def folder(model, dense=None, **options):
+    judge = plan.Judge(dense or healing.aliased(model), BLOCKS, 2)
+    settings = {"free": [True] * len(structure.layers(model)), "size": 2, "parent": "best", "rank": 2, "scale": True}
+    return plan.Folder(model, judge, **settings | {"align": True} | options)
+
+
+def test_judge():
+    model, other = small(), tiny_model("llama", seed=1, num_hidden_layers=5)
+    judge = plan.Judge(other, BLOCKS, 2)
+    assert judge.kl(other) == pytest.approx(0, abs=1e-6)
+    by_hand = float(distill.kl(logits(model, BLOCKS), logits(other, BLOCKS)))
+    assert plan.Judge(other, BLOCKS, 2).kl(model) != by_hand  # its own head, not the other's
+    model.lm_head.weight.data = other.lm_head.weight.data
+    assert judge.kl(model) == pytest.approx(float(distill.kl(logits(model, BLOCKS), logits(other, BLOCKS))), rel=1e-4)
+
+
+def test_a_planted_copy_costs_nothing():
+    model = small()
+    layers = structure.layers(model)
+    layers[3].load_state_dict(layers[2].state_dict())
+    made = folder(model)
+    groups = {tuple(group["members"]): group["kl"] for group in made.single()}
+    assert groups[2, 3] == pytest.approx(0, abs=1e-6) and min(groups.values()) == groups[2, 3]
+    held, added = folding.saving(layers[1], 2, True)
+    assert plan.choose(made, "auto", held - added)[0]["members"] == [2, 3]
+    assert folding.layout(model)["owner"] == [0, 1, 2, 2, 4]
+
+
+@pytest.mark.parametrize("parent", ["first", "best", "average"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_starts(parent, family):
+    """No start is worse than the plain one, what was measured is what is there, and taking back leaves no trace."""
+    types = {"layer_types": ["full_attention"] * 5} if family.startswith("gemma") else {}
+    model = small(family=family, **types)
+    dense = healing.aliased(model)
+    before = logits(model)
+    made = folder(model, parent=parent, scale=not types)
+    group = made.fold([1, 2])
+    found = made.judge.kl(model)
+    assert found == group["kl"]
+    made.undo([1, 2])
+    assert torch.equal(logits(model), before) and torch.equal(logits(dense), before)
+    made._share([1, 2], group["owner"])
+    assert found <= made.judge.kl(model)  # own norms, no corrections
+    made.undo([1, 2])
+    made.apply(group)
+    assert made.judge.kl(model) == found
+    assert torch.equal(logits(dense), before)  # the teacher shares tensors and must not notice
+
+
+def test_terms_without_a_start_can_learn():
+    model = small()
+    made = folder(model)
+    made._share([1, 2], 1)
+    before = logits(model)
+    made.free_terms(0)
+    assert torch.equal(logits(model), before)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    children = [m for m in model.modules() if isinstance(m, ChildLinear)]
+    assert children and all(bool(child.A.any()) and bool(child.B.grad.any()) for child in children)
+
+
+def test_full_rank_is_the_dense_model():
+    model = small(attention_bias=False, mlp_bias=False)
+    before = logits(model)
+    made = folder(model, rank=48, parent="first", scale=False)
+    made._share([1, 2], 1)
+    made._put_low_rank(2, 1, {"norms": "own"}, [1, 2], None)
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    made.undo([1, 2])
+    made._share([1, 2], 1)
+    made._set_norms(2, 1)  # the parent's norms: their ratio goes into A and B
+    made._put_low_rank(2, 1, {"norms": "parent"}, [1, 2], None)
+    torch.testing.assert_close(logits(model), before, atol=1e-3, rtol=1e-3)
+
+
+def test_targets_are_met(words, text):
+    dense = small(7)
+    blocks, total = structure.layer_parameters(dense), structure.total_parameters(dense)
+    few = FEW | {"heal_steps": 0, "plan": "greedy", "parent": "first"}
+    for target, allowed in (
+        ({"target_blocks": 0.8}, total - int(0.2 * blocks)),
+        ({"target_model": 0.8}, int(0.8 * total)),
+        ({"target_bytes": 2 * int(0.8 * total) + 258 * len(dense.state_dict())}, int(0.8 * total)),
+    ):
+        model = small(7)
+        record = FoldGPT(sparsity=0, **few | target).compress(model, words, text)
+        stored = structure.total_parameters(model)
+        assert stored <= allowed and record["fold"]["obtained_parameters"] == stored
+        one_fold = record["fold"]["saved_parameters"] // len(record["fold"]["groups"])
+        assert stored + one_fold > allowed
+
+
+def test_all_and_larger_groups(words, text):
+    model = small(7)
+    few = FEW | {"heal_steps": 0, "lora_rank": 0, "scale": False, "parent": "first"}
+    FoldGPT(sparsity=0, plan="all", **few).compress(model, words, text)
+    assert folding.layout(model)["owner"] == [0, 1, 1, 3, 3, 5, 6]
+    model = small(7)
+    method = FoldGPT(sparsity=0, plan="dp", group_size=3, target_blocks=0.85, **few)
+    method.compress(model, words, text)
+    owners = folding.layout(model)["owner"]
+    assert sorted(owners.count(owner) for owner in set(owners))[-1] == 3  # two of seven blocks: 0.71
+    model = small(7)
+    method = FoldGPT(sparsity=0, plan="dp", group_size=3, target_blocks=0.87, **few)
+    method.compress(model, words, text)
+    owners = folding.layout(model)["owner"]
+    assert sorted(owners.count(owner) for owner in set(owners))[-1] == 2  # one is enough: the window is made smaller
+
+
+# --- healing --------------------------------------------------------------------------------------------------------
+
+
+def test_tail():
+    assert healing.tail_pairs([0, 1, 4, 7], 9, 2) == [(2, 4), (3, 8)]
+    assert healing.tail_pairs([0, 1], 2, 0) == []
+    student = torch.tensor([[[9.0, 9.0], [1.0, 1.0]]])
+    teacher = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    assert float(healing.tail_loss(student, teacher)) == 1
+
+
+def folded_pair():
+    model = small()
+    dense = healing.aliased(model)
+    folding.fold(model, [1, 2], 1, rank=2, scale=True)
+    made = structure.layers(model)[2]
+    for linear in folding.linears(made).values():
+        nn.init.normal_(linear.A, std=0.1)
+    return model, dense
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_only_small_parameters_move(rank):
+    model, dense = folded_pair()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    dense_before = logits(dense)
+    loss = healing.TailDistillation(dense, pairs=tuple(healing.tail_pairs(list(range(5)), 5, 2)))
+    settings = Settings(lr=1e-2, vector_lr=1e-2, steps=3, precision="fp32")
+    record = healing.heal(model, dense, BLOCKS, BLOCKS, loss, settings, batch_size=2, lora_rank=rank)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    own = {name for name, _ in model.named_parameters() if ".layers.2." in name}
+    owners = {name for name in before if ".layers." in name and name.endswith("proj.weight")}
+    assert moved - owners == own and bool(moved & owners) == bool(rank)
+    assert torch.equal(logits(dense), dense_before)
+    assert record["kl_after"] < record["kl_before"] and record["improved"]
+    assert {"hidden", "ce", "kl"} <= set(record["history"][-1]["losses"])
+    assert not any(m._forward_hooks for m in (*model.modules(), *dense.modules()))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_gradients_with_checkpointing():
+    grads = []
+    for checkpointing in (False, True):
+        model, dense = folded_pair()
+        loss = healing.TailDistillation(dense, pairs=((3, 3), (4, 4)))
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        targets = torch.cat([BLOCKS[:, 1:], torch.full((4, 1), -100)], 1)
+        loss(model, {"input_ids": BLOCKS, "targets": targets})["loss"].backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-4)
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_and_resumed_is_never_killed(words, text, tmp_path):
+    method = FoldGPT(sparsity=0.1, target_blocks=0.72, **FEW | {"parent": "first"})
+    model = small(9)
+    expected = method.compress(model, words, text)
+    kills = {"gates": 2, "folding pairs": 1, "folding on top": 1, "healing": 1}
+
+    def kill(event):
+        for what in list(kills):
+            if event["message"].startswith(what):
+                kills[what] -= 1
+                if not kills[what]:
+                    del kills[what]
+                    raise Killed
+
+    for _ in range(len(kills) + 1):
+        again = small(9)
+        try:
+            record = method.compress(again, words, text, workdir=tmp_path, report=kill)
+            break
+        except Killed:
+            continue
+    assert not kills
+    assert record["fold"]["groups"] == expected["fold"]["groups"] and record["scores"][0]["dropped"]
+    assert [entry["gates"] for entry in record["gates"]] == [entry["gates"] for entry in expected["gates"]]
+    state = again.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    other = FoldGPT(**{**vars(method), "gate_lr": 0.2})
+    with pytest.raises(ValueError, match="another run"):
+        other.compress(small(9), words, text, workdir=tmp_path)
+
+
+def test_removal_only_heals_with_adapters(words, text):
+    model = small(6)
+    record = FoldGPT(sparsity=0.2, **FEW | {"heal_lr": 1e-2}).compress(model, words, text)
+    assert len(structure.layers(model)) == 4 and record["fold"] is None and record["healing"]["trained_parameters"] > 0
+    assert not folding.is_folded(model) and getattr(model.config, "fold", None) is None
+    assert record["stored_of_layers"] == pytest.approx(4 / 6)
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("granularity", ["layers", "sublayers"])
+def test_folding_what_is_left(granularity, words, text, tmp_path):
+    """After unequal width pruning, and after blocks or sub-layers went: saved, loaded, and a report drawn."""
+    dense = small(7)
+    dense.save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    model, tokenizer = checkpoint.load(tmp_path / "parent")
+    units = structure.units(model, "channels")
+    structure.remove(model, units, (units.layer_U % 7 < 5) | (units.index_U < 30))
+    method = FoldGPT(sparsity=0.1, granularity=granularity, plan="all", score=("greedy",), **FEW)
+    record = method.compress(model, tokenizer, text)
+    owners = record["fold"]["owner"]
+    assert len(set(owners)) < len(owners) and record["removed_of_layers"] >= 0.1 - 1e-6
+    stage = {"method": "fold_gpt", "fields": vars(method), "seed": 0, "data": {"name": "t", "sha256": "0"}}
+    out = checkpoint.save(model, tokenizer, tmp_path / "small", parent=tmp_path / "parent",
+                          record=stage | {"record": record})  # fmt: skip
+    loaded, _ = checkpoint.load(out)
+    assert torch.equal(logits(loaded), logits(model))
+    page = report.write(None, [out], tmp_path / "report.html").read_text()
+    assert "Blocks that share weights" in page and "greedy" in page
+
+
+def test_per_layer_lists_follow_a_removal():
+    model = tiny_model("gemma3_text")
+    units = structure.units(model, "layers")
+    structure.remove(model, units, torch.tensor([True, False, True, True]))
+    assert model.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+    model = tiny_model("qwen2", max_window_layers=3, layer_types=["full_attention"] * 4)
+    units = structure.units(model, "layers")
+    structure.remove(model, units, torch.tensor([True, False, True, False]))
+    assert model.config.max_window_layers == 2 and len(model.config.layer_types) == 2
+    assert [layer.self_attn.layer_idx for layer in structure.layers(model)] == [0, 1]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"score": ("gate",)}, "score is a list of"),
+        ({"score": ()}, "score is a list of"),
+        ({"plan": "best"}, "plan is one of"),
+        ({"parent": "last"}, "parent is one of"),
+        ({"granularity": "channels"}, "granularity is one of"),
+        ({"gate_cost": "time"}, "gate_cost is one of"),
+        ({"target_blocks": 0.5, "target_bytes": 9}, "one target is enough"),
+        ({"target_blocks": 1.2}, "target_blocks is the fraction that stays"),
+        ({"group_size": 1}, "group_size is at least 2"),
+        ({"target_blocks": 0.8, "shape": "uniform"}, "sentei unfold"),
+        ({"gate_init": 1.0}, "gate_init"),
+        ({"heal_lr": 0}, "heal_lr"),
+        ({"protect_first": -1}, "protect_first"),
+        ({"sparsity": 0.9}, "protect_first=1 and protect_last=1"),
+        ({"sparsity": 0.0, "target_blocks": 0.4}, r"is below what group_size=2 reaches \(0.8"),
+        ({"sparsity": 0.0, "target_blocks": 0.8, "lora_rank": 40}, "Use lora_rank <= "),
+        ({"calibration_seq_len": 999}, "give more text"),
+        ({"sparsity": 0.2, "heal_lora_rank": 0}, "nothing to train"),
+    ],
+)
+def test_bad_fields(fields, message, words, text):
+    model = small()
+    with pytest.raises(ValueError, match=message):
+        FoldGPT(**{**FEW, **fields}).compress(model, words, text)
+    if "nothing to train" not in message:
+        assert structure.total_parameters(model) == structure.total_parameters(small())
+
+
+def test_sharded_training_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model, dense = folded_pair()
+    with pytest.raises(ValueError, match="FSDP"):
+        healing.heal(model, dense, BLOCKS, BLOCKS, healing.TailDistillation(dense), Settings(lr=1, steps=1),
+                     batch_size=2, lora_rank=0)  # fmt: skip
+
+
+def test_from_the_command_line(words, tmp_path, capsys):
+    """Folding only: a sparsity of 0 is fine for a method that does more than remove."""
+    small(7).save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} {PHRASE * 3}" for i in range(40)))
+    fields = {key: value for key, value in FEW.items() if key != "save_every"} | {"sparsity": 0, "target_blocks": 0.8}
+    flags = [word for key, value in fields.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [str(tmp_path / "parent"), "--method", "fold_gpt", "--data", str(tmp_path / "text.txt"), *flags]
+    assert main(["plan", *command]) == 0
+    assert "groups of 2" in capsys.readouterr().out
+    assert main(["compress", *command, "--out", str(tmp_path / "small")]) == 0, capsys.readouterr().err
+    result = json.loads((tmp_path / "small" / "compression.json").read_text())["result"]
+    assert result["shape"] == "folded" and result["layer_parameters"] <= 0.8 * structure.layer_parameters(small(7))
+    bad = [*command, "--target-model", "0.5", "--out", str(tmp_path / "bad")]
+    assert main(["compress", *bad]) == 2 and "one target" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists() and not list(tmp_path.glob(".bad*"))
+
+
+def test_bad_models(words, text):
+    method = FoldGPT(sparsity=0, target_blocks=0.8, **FEW)
+
+    def refused(model, message):
+        with pytest.raises(ValueError, match=message):
+            method.compress(model, words, text)
+
+    refused(tiny_model("bert"), "is an encoder")
+    model = small()
+    structure.layers(model)[3].mlp = nn.Sequential(structure.layers(model)[3].mlp)
+    with pytest.raises(ValueError, match=r"identical blocks: block 0 has mlp \(LlamaMLP\), block 3 has not"):
+        check.check(model, fold=True)
+    model = small()
+    folding.fold(model, [1, 2], 1, rank=0, scale=False)
+    refused(model, "Prune first|folded already")
+    with pytest.raises(ValueError, match="merge or unload"):
+        check.check(get_peft_model(small(), LoraConfig(target_modules=["q_proj"])).base_model.model, fold=True)
+    model = small()
+    model.config.quantization_config = {"quant_method": "x"}
+    refused(model, "quantised")
+    refused(tiny_model("gemma3_text"), "cannot fold blocks 0 and 1: sliding_attention and full_attention")
+    model = small()
+    units = structure.units(model, "channels")
+    structure.remove(model, units, units.index_U < 30 + units.layer_U)
+    refused(model, "no 2 adjacent blocks of equal shape")
+    model = small()
+    structure.layers(model)[2].to(torch.bfloat16)
+    refused(model, "several dtypes")
+    assert not any(isinstance(module, ChildLinear) for module in model.modules())
+
+
+def test_masked_is_removed(words, text):
+    model, dense = small(), small()
+    record = FoldGPT(sparsity=0.2, **FEW | {"heal_steps": 0}).compress(model, words, text)
+    units = structure.units(dense, "layers")
+    keep = torch.ones(5, dtype=torch.bool)
+    keep[[int(number) for number in record["scores"][0]["dropped"].split(", ")]] = False
+    with masks.masked(dense, units, keep):
+        assert torch.equal(logits(model), logits(dense))
+    assert copy.deepcopy(record)["kept"]["layers"]

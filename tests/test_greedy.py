@@ -1,0 +1,65 @@
+"""Greedy removal: the same choice as when every candidate runs the whole model, in half the time."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from sentei import masks, structure
+from sentei.distill import Distillation
+from sentei.greedy import greedy
+from sentei.train import causal_batch
+
+BLOCKS = torch.randint(5, 128, (5, 12), generator=torch.Generator().manual_seed(3))
+
+
+def loss(model, ids, number):
+    return Distillation()(model, causal_batch(ids))["loss"]
+
+
+@pytest.mark.parametrize("granularity", ["layers", "sublayers"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_as_the_plain_loop(family, granularity):
+    model = tiny_model(family)
+    units = structure.units(model, granularity)
+    target = units.total // 2
+    keep, order = greedy(model, units, BLOCKS, loss, target, batch_size=2)
+    plain = torch.ones(len(units), dtype=torch.bool)
+    while units.removed_parameters(plain) < target:
+        losses = {}
+        for unit in plain.nonzero().flatten().tolist():
+            plain[unit] = False
+            with masks.masked(model, units, plain), torch.no_grad():
+                losses[unit] = sum(float(loss(model, ids, 0)) * len(ids) for ids in BLOCKS.split(2)) / len(BLOCKS)
+            plain[unit] = True
+        worst = min(losses, key=lambda unit: losses[unit])
+        plain[worst] = False
+        made = order[int((~plain).sum()) - 1]
+        assert made["unit"] == worst and made["loss"] == losses[worst]  # to the bit
+    assert torch.equal(keep, plain)
+
+
+def test_layers_before_the_candidate_run_once():
+    model = tiny_model("llama")
+    units, count = structure.units(model, "layers"), 0
+
+    def counted(module, args, output):
+        nonlocal count
+        count += 1
+
+    hooks = [layer.self_attn.register_forward_hook(counted) for layer in structure.layers(model)]
+    greedy(model, units, BLOCKS, loss, 1, batch_size=8)
+    assert count == 4 + (3 + 2 + 1 + 0)  # one pass, then what follows each candidate
+    for hook in hooks:
+        hook.remove()
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def test_protected_blocks_stay():
+    model = tiny_model("llama")
+    units = structure.units(model, "layers")
+    protected = torch.tensor([True, False, False, True])
+    keep, _ = greedy(model, units, BLOCKS, loss, units.total // 2, protected_U=protected)
+    assert keep.tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match="protect fewer"):
+        greedy(model, units, BLOCKS, loss, units.total * 3 // 4, protected_U=protected)
