@@ -220,6 +220,14 @@ def test_top_k_on_hand_numbers():
     assert int(units.cost_U[keep].sum()) == 122
 
 
+def test_by_kind_every_kind_loses_its_share():
+    """Groups: 2 of 4 fit into 96; the 16 that are left go to the channels, 7 of 8 instead of 4."""
+    units, logits = worked_example()
+    keep = selection.top_k(logits, units, 0.4, floors(units), by_kind=True)
+    assert selection.counts(units, keep) == {"heads": [1, 1], "channels": [3, 4]}
+    assert int(units.cost_U[keep].sum()) == 122
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4, 0.5, 0.6])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_top_k_fills_the_budget(sparsity, step):

@@ -14,7 +14,7 @@ penalty empties the LoRA rows of what is to go, and the cut at the end takes awa
 4. Freeze: the units with the highest logits, exactly within the budget                 `selection.top_k`
 5. Frozen phase: shrink the LoRA rows of dropped units to exact zeros, then go on       `Tuning._frozen`
    tuning the others; keep the best on held-out rows
-6. Optionally distil the tuned dense model into the masked one                          `tuning.heal`
+6. Optionally distil the tuned dense model into the masked one                          `healing.heal`
 7. Merge LoRA in fp32, cut, compare the cut model with the masked one                   `ATP.compress`
 
 From the paper's public code and its training logs: the generator, the two losses, the alternation and their constants.
@@ -42,8 +42,9 @@ from sentei.data import prompts
 from sentei.data.examples import Examples
 from sentei.data.examples import load as load_rows
 from sentei.methods import Progress, option
-from sentei.methods.atp import selection, tuning, wiring
-from sentei.methods.atp.tuning import Data, Teacher, Tuning
+from sentei.methods.atp import selection, wiring
+from sentei.methods.atp.healing import Teacher, heal
+from sentei.methods.atp.tuning import Data, Tuning
 from sentei.structure import Units
 from sentei.train import processes, resolve_precision
 
@@ -383,7 +384,7 @@ class ATP:
     def _heal(self, run: Tuning, model: Any, book: wiring.MaskBook, report: Progress | None) -> dict[str, Any]:
         before, tokens = run.held_loss(), 0
         teacher = Teacher(model, book, "teacher")
-        steps = tuning.heal(run, teacher, self.heal_steps, weight=self.heal_weight, temperature=self.heal_temperature)
+        steps = heal(run, teacher, self.heal_steps, weight=self.heal_weight, temperature=self.heal_temperature)
         for step in steps:
             tokens = step.tokens
             if report is not None:

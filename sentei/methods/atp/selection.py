@@ -73,16 +73,17 @@ def top_k(score_U: Tensor, units: Units, sparsity: float, floors: Floors, *, by_
 
     Args:
         score_U: rank by logits, not by keep-probabilities: those are all 1.0 in the upper half.
-        by_kind: every kind of unit loses the same share (for scores that do not compare across kinds).
+        by_kind: every kind of unit loses the same share (for scores that do not compare across kinds), as nearly as
+            whole units allow; what one kind leaves of its share goes to the next.
     """
     score_U = score_U.double().cpu()
     keep_U = torch.zeros(len(units), dtype=torch.bool)
     groups = [(kind,) for kind in units.granularity] if by_kind else [units.granularity]
-    left = budget_of(units, sparsity)
+    left = 0.0 if by_kind else budget_of(units, sparsity)
     for kinds in groups:
         inside_U = torch.isin(units.kind_U, torch.tensor([KINDS.index(kind) for kind in kinds]))
         if by_kind:
-            left = float((1 - Fraction(str(sparsity))) * int(units.cost_U[inside_U].sum()))
+            left += float((1 - Fraction(str(sparsity))) * int(units.cost_U[inside_U].sum()))
         items: list[tuple[float, int, int, int, Tensor]] = []
         for kind in kinds:
             for layer in range(units.num_layers):

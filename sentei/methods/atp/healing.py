@@ -1,0 +1,87 @@
+"""Healing: the tuned dense model teaches the masked one, as a second adapter on the same base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from sentei import structure
+from sentei.distill import Distillation
+from sentei.methods.atp.tuning import Tuning
+from sentei.methods.atp.wiring import MaskBook
+from sentei.train import Settings, Step, mix, train
+
+
+def heal(
+    tuning: Tuning, teacher: Callable[..., Any], steps: int, *, weight: float, temperature: float
+) -> Iterator[Step]:
+    """Distil the tuned dense model into the masked one; dropped rows stay zero.
+
+    Loss: (1 - weight) CE + weight t^2 KL(teacher || student) on the positions of the CE.
+
+    Args:
+        teacher: from `as_teacher`.
+    """
+    method, keep_U = tuning.method, tuning._keep()
+    settings = Settings(
+        lr=method.lr, steps=steps, final_lr=1.0, warmup=0.0, weight_decay=method.weight_decay, betas=(0.9, 0.999),
+        clip=method.clip, accumulate=method.accumulate, precision=method.precision, checkpointing=method.checkpointing,
+        save_every=method.save_every, seed=mix(method.seed, "heal") % 2**31,
+    )  # fmt: skip
+    folder = tuning.workdir / "heal" if tuning.workdir else None
+    tuning.adapters.lock(keep_U)
+    loss = Distillation(teacher, temperature, 1 - weight, weight)  # pyright: ignore[reportArgumentType]
+    batches = tuning.data.batches(tuning.data.train, settings.seed)
+    with tuning.book.using("full", keep_U.float()):
+        steps_made = train(
+            tuning.model, batches, loss, settings, folder=folder, fingerprint=repr(asdict(method) | {"log": None})
+        )
+        try:
+            with closing(steps_made):
+                for step in steps_made:
+                    tuning.adapters.zero(keep_U)
+                    yield step
+        finally:
+            tuning.adapters.unlock()
+    tuning.adapters.zero(keep_U)
+
+
+class Teacher(nn.Module):
+    """The dense model with its own adapter, on the same base weights: switched in for its forward passes only.
+
+    Looks to `Distillation` like a model: base model, head, configuration.
+    """
+
+    base_model_prefix = "switched"
+
+    def __init__(self, model: Any, book: MaskBook, adapter: str):
+        super().__init__()
+        self.__dict__.update(model=model, book=book, adapter=adapter)
+        self.config = model.config
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+        def switched(**inputs: Tensor) -> Any:
+            trained = {p: p.requires_grad for p in model.parameters()}
+            was_training = model.training
+            model.eval()
+            try:
+                for layer in layers:
+                    layer.set_adapter(adapter)
+                with book.using("off"):
+                    return structure.base_model(model)(**inputs)
+            finally:
+                for layer in layers:
+                    layer.set_adapter("default")
+                for parameter, requires in trained.items():
+                    parameter.requires_grad_(requires)
+                model.train(was_training)
+
+        self.__dict__["switched"] = switched
+
+    def get_output_embeddings(self) -> Any:
+        return self.__dict__["model"].get_output_embeddings()
