@@ -242,6 +242,28 @@ def test_preset_and_refusals(words):
         PolicyGradient(**QUICK).compress(tiny_model("llama"), words, short)
 
 
+def test_slopes_find_the_allocation_of_their_model(words, monkeypatch):
+    """A loss that is a sum of a_l exp(-rate f_l): one sweep must land on equal slopes per parameter."""
+    model = tiny_model("llama")
+    units = structure.units(model, "channels")
+    size, rate = torch.tensor([1.0, 2.0, 4.0, 3.0]).double(), 4.0
+
+    def planted(self, keep_U, step):
+        kept_L = torch.stack([keep_U[units.of(layer, "channels")].double().mean() for layer in range(4)])
+        return float((size * torch.exp(-rate * kept_L)).sum())
+
+    monkeypatch.setattr(Search, "loss", planted)
+    method = PolicyGradient(
+        sparsity=0.3, granularity="channels", keep_best=False, **QUICK | {"slope_sweeps": 1, "coarse_steps": 0}
+    )
+    record = method.compress(model, words, TEXT)
+    kept = torch.tensor([size.intermediate_size / 40 for size in structure.sizes(model)]).double()
+    best = size.log() / rate
+    best = best + (kept.mean() - best.mean())  # equal layers: the budget is a common shift
+    torch.testing.assert_close(kept, best, atol=0.5 / 40 + 0.02, rtol=0)  # a unit is 1/40; slopes are secants
+    assert record["forwards"] == 1 + (4 + 3 + 2 + 1) / 4
+
+
 def test_family_budget_cuts_both_kinds_alike(words):
     model = tiny_model("llama")
     units = structure.units(model)

@@ -52,6 +52,7 @@ class Allocation:
         for of in self.pairs:
             order = of[search.metric_U[of].argsort(descending=True, stable=True)]
             self.rank_U[order] = (torch.arange(len(of), dtype=torch.double) + 0.5) / len(of)
+        self.share = 1 - search.remove / units.total
         self.fraction_P = self._start()
 
     def _start(self) -> Tensor:
@@ -67,17 +68,31 @@ class Allocation:
         return fraction_P
 
     def within_budget(self, fraction_P: Tensor) -> Tensor:
-        """Spend the budget exactly: raised beyond it, then projected back."""
-        groups = [torch.ones_like(self.kind_P, dtype=torch.bool)]
-        if self.method.budget == "family":
-            groups = [self.kind_P == kind for kind in self.kind_P.unique()]
-        share = 1 - self.search.remove / self.search.units.total
+        """The nearest fractions that spend the budget exactly: raised beyond it, then projected back."""
         out_P = fraction_P.clone()
-        for inside in groups:
+        for inside in self._groups():
             w = self.weight_P[inside]
             raised = fraction_P[inside] + 2 * w / w.min()
-            out_P[inside] = project(raised, w, share * float(w.sum()))
+            out_P[inside] = project(raised, w, self.share * float(w.sum()))
         return out_P
+
+    def shifted(self, fraction_P: Tensor) -> Tensor:
+        """All fractions moved up or down by the same amount, and clipped, until they spend the budget."""
+        out_P = fraction_P.clone()
+        for inside in self._groups():
+            w, f = self.weight_P[inside], fraction_P[inside]
+            low, high = float(-f.max()), float(1 - f.min())  # everything at 0, everything at 1
+            for _ in range(64):
+                middle = 0.5 * (low + high)
+                over = float((w * (f + middle).clamp(0, 1)).sum()) > self.share * float(w.sum())
+                low, high = (low, middle) if over else (middle, high)
+            out_P[inside] = (f + low).clamp(0, 1)
+        return out_P
+
+    def _groups(self) -> list[Tensor]:
+        if self.method.budget == "family":
+            return [self.kind_P == kind for kind in self.kind_P.unique()]
+        return [torch.ones_like(self.kind_P, dtype=torch.bool)]
 
     def keep(self, fraction_P: Tensor) -> Tensor:
         """[U] bool: the mask of these fractions, exactly to the budget."""
@@ -151,7 +166,7 @@ class Slopes:
         mean_P = self.sum_P / self.count
         floor = 0.05 * mean_P.clamp_min(0).mean()  # a slope may come out negative by chance; no layer is worth nothing
         log_P = mean_P.clamp_min(float(floor) + 1e-300).log()
-        allocation.fraction_P.copy_(allocation.within_budget((log_P - log_P.max()) / rate + 1))
+        allocation.fraction_P.copy_(allocation.shifted(log_P / rate))
         return {"steepest": float(slope_P.max()), "flattest": float(slope_P.min())}
 
     def _kept_fraction(self) -> Tensor:
