@@ -19,7 +19,7 @@ pytestmark = [
 def test_prune_save_reload_generate(tmp_path):
     sentei.compress(
         "smollm2", method="policy_gradient", sparsity=0.15, out=tmp_path / "small", granularity="channels",
-        coarse_steps=2, batch_size=2, calibration_samples=16, eval_samples=2,
+        slope_sweeps=1, coarse_steps=2, batch_size=2, calibration_samples=16, eval_samples=2,
     )  # fmt: skip
     model, tokenizer = sentei.load(tmp_path / "small")
     account = json.loads((tmp_path / "small" / "compression.json").read_text())
