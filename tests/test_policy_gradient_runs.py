@@ -244,3 +244,32 @@ def test_reward_rows(tmp_path):
     with pytest.raises(ValueError, match="reward_data is for a reward"):
         PolicyGradient(reward_data="rows.jsonl").check()
     assert math.isfinite(record["best_loss"])
+
+
+def test_built_in_rewards(tmp_path):
+    """A probability of right answers, an accuracy and an exact match that hand counts confirm."""
+    from sentei.data import prompts
+    from sentei.evaluate import domain, rewards
+
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    rows = [{"question": f"is {i} big", "choices": ["yes", "no"], "answer": i % 2} for i in range(30)]
+    batch = reward.Batch(tokenizer, torch.device("cpu"), examples=rows)
+    made = [prompts.make_row(row, "here") for row in rows]
+    found = domain.choices(model, made, prompts.Template(tokenizer), seq_len=64)
+    right = sum(p == row["answer"] for p, row in zip(found["predicted"], rows, strict=True)) / 30
+    assert rewards.choice_accuracy(model, batch) == pytest.approx(right)
+    assert 0 < rewards.choice_probability(model, batch) < 1
+    said = domain.generate(
+        model, prompts.Template(tokenizer), prompts.make_row({"prompt": "go", "response": "x"}, "here"),
+        seq_len=rewards.SEQ_LEN, new_tokens=rewards.NEW_TOKENS,
+    )  # fmt: skip
+    answers = [{"prompt": "go", "response": said}, {"prompt": "go", "response": "~never~"}]
+    assert rewards.exact_match(model, reward.Batch(tokenizer, torch.device("cpu"), examples=answers)) == 0.5
+    with pytest.raises(ValueError, match="rows of kind choices"):
+        rewards.choice_accuracy(model, reward.Batch(tokenizer, torch.device("cpu"), examples=answers))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    method = PolicyGradient(
+        sparsity=0.3, reward="choice_probability", reward_data=str(file), **QUICK | {"coarse_steps": 2, "steps": 0}
+    )
+    assert -1 < method.compress(model, tokenizer, TEXT)["best_loss"] < 0

@@ -44,7 +44,8 @@ def choices(
 
     Returns:
         "accuracy"; "macro_f1" where all rows have the same choices; "chance", the accuracy of a uniform guess;
-        "majority", that of always the commonest answer; "samples"; "predicted", the indices.
+        "majority", that of always the commonest answer; "samples"; "predicted", the indices; "answer_probability",
+        the mean of the right choice's share among its row's choices.
     """
     jobs: list[tuple[int, int, list[int], int]] = []  # row, choice, tokens, where the choice starts
     for number, row in enumerate(rows):
@@ -82,6 +83,13 @@ def choices(
         "chance": sum(1 / len(row["choices"]) for row in rows) / len(rows),
         "samples": len(rows),
         "predicted": predicted,
+        "answer_probability": float(
+            sum(
+                torch.tensor(of, dtype=torch.double).softmax(0)[answer]
+                for of, answer in zip(likelihood, answers, strict=True)
+            )
+            / len(rows)
+        ),
     }
     if len({tuple(row["choices"]) for row in rows}) == 1:
         found["macro_f1"] = scores.macro_f1(predicted, answers)

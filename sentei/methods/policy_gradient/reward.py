@@ -22,7 +22,7 @@ from sentei.train import mix
 # Short names of the functions that come with sentei; any other name is the user's module:function.
 BUILT_IN = {
     "choice_accuracy": "sentei.evaluate.rewards:choice_accuracy",
-    "choice_likelihood": "sentei.evaluate.rewards:choice_likelihood",
+    "choice_probability": "sentei.evaluate.rewards:choice_probability",
     "exact_match": "sentei.evaluate.rewards:exact_match",
 }
 
