@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import estimators
 from peers import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +16,12 @@ SECTION = re.compile(r"<!-- results -->.*<!-- /results -->", re.DOTALL)
 
 def main() -> None:
     parts = []
-    for name, write in (("demo", demo), ("peers-smollm2", peers), ("search-cost", search)):
+    for name, write in (
+        ("demo", demo),
+        ("peers-smollm2", peers),
+        ("estimators-smollm2", ways),
+        ("search-cost", search),
+    ):
         file = ROOT / "results" / f"{name}.json"
         if file.exists():
             parts.append(write(json.loads(file.read_text())))
@@ -49,6 +55,10 @@ def demo(result: dict[str, Any]) -> str:
 
 def peers(table: dict[str, Any]) -> str:
     return "**All methods at equal parameters.** " + markdown(table)
+
+
+def ways(table: dict[str, Any]) -> str:
+    return "**Ways to spend the same forward passes.** " + estimators.markdown(table)
 
 
 def search(result: dict[str, Any]) -> str:
