@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from sentei.methods.policy_gradient.search import Search
 
 
+FAR = (1.0, 0.5, 0.25)  # how much of the way to the allocation that slopes propose is tried
+FLOOR = 0.3  # of the mean slope per parameter
+
+
 class Level(Protocol):
     """One level of the search.
 
@@ -76,15 +80,20 @@ class Allocation:
             out_P[inside] = project(raised, w, self.share * float(w.sum()))
         return out_P
 
-    def shifted(self, fraction_P: Tensor) -> Tensor:
-        """All fractions moved up or down by the same amount, and clipped, until they spend the budget."""
+    def shifted(self, fraction_P: Tensor, free_P: Tensor) -> Tensor:
+        """Free fractions moved up or down by the same amount, and clipped, until all together spend the budget."""
         out_P = fraction_P.clone()
         for inside in self._groups():
+            budget = self.share * float(self.weight_P[inside].sum())
+            budget -= float((self.weight_P * fraction_P)[inside & ~free_P].sum())
+            inside = inside & free_P
+            if not inside.any():
+                continue
             w, f = self.weight_P[inside], fraction_P[inside]
             low, high = float(-f.max()), float(1 - f.min())  # everything at 0, everything at 1
             for _ in range(64):
                 middle = 0.5 * (low + high)
-                over = float((w * (f + middle).clamp(0, 1)).sum()) > self.share * float(w.sum())
+                over = float((w * (f + middle).clamp(0, 1)).sum()) > budget
                 low, high = (low, middle) if over else (middle, high)
             out_P[inside] = (f + low).clamp(0, 1)
         return out_P
@@ -113,7 +122,8 @@ class Slopes:
     changes, so that a sweep over P fractions costs about P / 2 forwards. Taking the loss as a sum of
     a_p exp(-rate f_p), each measured slope gives one estimate of a_p wherever f_p stood, and the estimates of all
     sweeps are averaged. The allocation that this model says is best has equal slopes per parameter:
-    f_p = (log(a_p / w_p) - v) / rate, with v from the budget.
+    f_p = (log(a_p / w_p) - v) / rate, with v from the budget. How far to go there, and whether heads go along, the
+    losses of a few masks on the way decide, staying put among them: slopes are noisy and effects do not quite add up.
     """
 
     evaluate_always = True
@@ -125,11 +135,14 @@ class Slopes:
         self.count = torch.zeros(1, dtype=torch.double)
         sizes_P = torch.tensor([len(of) for of in allocation.pairs], dtype=torch.double)
         self.delta_P = torch.clamp(1 / sizes_P, min=self.method.slope_delta)  # at least one unit
+        heads_P = allocation.kind_P == structure.KINDS.index("heads")
+        self.free = [torch.ones_like(heads_P)] if heads_P.all() or not heads_P.any() else [~heads_P, heads_P >= 0]
         layers = search.units.num_layers
-        self.forwards = 1 + float((layers - allocation.layer_P).sum()) / layers
+        self.forwards = 1 + float((layers - allocation.layer_P).sum()) / layers + len(FAR) * len(self.free)
+        self.sample_P, self.ways = self.sum_P, [allocation.fraction_P]  # of the step under way
 
     def measure(self, step: int, turn: int) -> list[float]:
-        """The loss of the batch as it is, then with each fraction lowered alone."""
+        """The loss of the batch as it is, with each fraction lowered alone, and with the masks that are proposed."""
         search, allocation = self.search, self.allocation
         keep_U = self.hard()
         losses: list[float] = []
@@ -139,35 +152,42 @@ class Slopes:
             less_U = keep_U.clone()
             kept = of[keep_U[of]]
             worst_first = kept[allocation.rank_U[kept].argsort(descending=True)]
-            less_U[worst_first[: self._fewer(pair)]] = False
+            less_U[worst_first[: round(float(self.delta_P[pair]) * len(of))]] = False
             layer = int(allocation.layer_P[pair])
             once = search.reward is None and len(inputs) == search.units.num_layers
             shared = masks.starting_at(search.run.model, layer, inputs[layer]) if once else nullcontext()
             with shared:
                 losses.append(search.loss(less_U, turn))
-            search.run.tick(
-                "searching: slopes", step * len(allocation.pairs) + pair, self.steps * len(allocation.pairs)
-            )
-        return losses
+            count = len(allocation.pairs)
+            search.run.tick("searching: slopes", step * count + pair, self.steps * count)
+        self._propose(losses)
+        return losses + [search.loss(allocation.keep(way_P), turn) for way_P in self.ways[1:]]
 
-    def _fewer(self, pair: int) -> int:
-        return round(float(self.delta_P[pair]) * len(self.allocation.pairs[pair]))
-
-    def update(self, losses: list[float], step: int) -> dict[str, float]:
+    def _propose(self, losses: list[float]) -> None:
         allocation, rate = self.allocation, self.method.slope_rate
         losses_P = torch.tensor(losses[1:], dtype=torch.double)
         kept_P = self._kept_fraction()
         taken_P = torch.minimum(self.delta_P, kept_P)  # a pair with nothing left has no slope: it counts as flat
         slope_P = torch.where(taken_P > 0, (losses_P - losses[0]) / taken_P.clamp_min(1e-9), 0.0)
         slope_P = torch.where(torch.isfinite(slope_P), slope_P, 0.0)
-        sample_P = slope_P / allocation.weight_P * torch.exp(rate * (kept_P - taken_P / 2))
-        self.sum_P += self.search.mean(sample_P)
+        self.sample_P = self.search.mean(slope_P / allocation.weight_P * torch.exp(rate * (kept_P - taken_P / 2)))
+        mean_P = (self.sum_P + self.sample_P) / (self.count + 1)
+        # A slope may come out near zero or negative by chance: no layer is taken for worth less than this.
+        log_P = mean_P.clamp_min(float(FLOOR * mean_P.clamp_min(0).mean()) + 1e-300).log()
+        now_P = allocation.fraction_P.clone()
+        self.ways = [now_P]
+        for free_P in self.free:
+            goal_P = allocation.shifted(torch.where(free_P, log_P / rate, now_P), free_P)
+            self.ways += [now_P + far * (goal_P - now_P) for far in FAR]
+
+    def update(self, losses: list[float], step: int) -> dict[str, float]:
+        tried = torch.tensor([losses[0], *losses[1 + len(self.allocation.pairs) :]], dtype=torch.double)
+        tried = self.search.mean(torch.where(torch.isfinite(tried), tried, 1e9))
+        best = int(tried.argmin())
+        self.sum_P += self.sample_P
         self.count += 1
-        mean_P = self.sum_P / self.count
-        floor = 0.05 * mean_P.clamp_min(0).mean()  # a slope may come out negative by chance; no layer is worth nothing
-        log_P = mean_P.clamp_min(float(floor) + 1e-300).log()
-        allocation.fraction_P.copy_(allocation.shifted(log_P / rate))
-        return {"steepest": float(slope_P.max()), "flattest": float(slope_P.min())}
+        self.allocation.fraction_P.copy_(self.ways[best])
+        return {"way": best, "gain": float(tried[0] - tried[best])}
 
     def _kept_fraction(self) -> Tensor:
         keep_U = self.hard()
