@@ -36,7 +36,7 @@ NOTHING = {"slope_sweeps": 0, "coarse_steps": 0, "steps": 0}
 
 def ways(forwards: int, layers: int, kinds: int) -> dict[str, dict[str, Any] | str]:
     """Settings that spend about `forwards` forwards; a name stands for a rival below."""
-    sweep = 1 + kinds * ((layers + 1) / 2 + len(FAR))
+    sweep = 2 + kinds * ((layers + 1) / 2 + len(FAR))
     sweeps = max(1, round(forwards / sweep))
     half = max(1, round(forwards / 2 / sweep))
     rest = max(1, round((forwards - half * sweep) / 2))

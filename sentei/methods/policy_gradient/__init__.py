@@ -62,7 +62,7 @@ class PolicyGradient(Structural):
     )
     budget: str = option("global", "global: all units compete; family: heads and channels lose the same fraction")
     slope_sweeps: int = option(
-        3, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "[ours]"
+        0, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "[ours]"
     )
     slope_delta: float = option(0.1, "how much of a layer's units gives way in such a forward", "[ours]")
     slope_rate: float = option(4.0, "assumed decay of the loss in a keep-fraction: higher moves less", "[ours]")

@@ -138,11 +138,11 @@ class Slopes:
         heads_P = allocation.kind_P == structure.KINDS.index("heads")
         self.free = [torch.ones_like(heads_P)] if heads_P.all() or not heads_P.any() else [~heads_P, heads_P >= 0]
         layers = search.units.num_layers
-        self.forwards = 1 + float((layers - allocation.layer_P).sum()) / layers + len(FAR) * len(self.free)
+        self.forwards = 2 + float((layers - allocation.layer_P).sum()) / layers + len(FAR) * len(self.free)
         self.sample_P, self.ways = self.sum_P, [allocation.fraction_P]  # of the step under way
 
     def measure(self, step: int, turn: int) -> list[float]:
-        """The loss of the batch as it is, with each fraction lowered alone, and with the masks that are proposed."""
+        """The batch's loss as it is and with each fraction lowered alone; another batch's, with what is proposed."""
         search, allocation = self.search, self.allocation
         keep_U = self.hard()
         losses: list[float] = []
@@ -161,7 +161,8 @@ class Slopes:
             count = len(allocation.pairs)
             search.run.tick("searching: slopes", step * count + pair, self.steps * count)
         self._propose(losses)
-        return losses + [search.loss(allocation.keep(way_P), turn) for way_P in self.ways[1:]]
+        # Judged on text that the slopes have not seen: they fit their own batch far better than any other.
+        return losses + [search.loss(allocation.keep(way_P), -1 - turn) for way_P in self.ways]
 
     def _propose(self, losses: list[float]) -> None:
         allocation, rate = self.allocation, self.method.slope_rate
@@ -181,7 +182,7 @@ class Slopes:
             self.ways += [now_P + far * (goal_P - now_P) for far in FAR]
 
     def update(self, losses: list[float], step: int) -> dict[str, float]:
-        tried = torch.tensor([losses[0], *losses[1 + len(self.allocation.pairs) :]], dtype=torch.double)
+        tried = torch.tensor(losses[1 + len(self.allocation.pairs) :], dtype=torch.double)
         tried = self.search.mean(torch.where(torch.isfinite(tried), tried, 1e9))
         best = int(tried.argmin())
         self.sum_P += self.sample_P
