@@ -23,10 +23,8 @@ import argparse
 import copy
 import gzip
 import json
-import math
 import os
 import platform
-import resource
 import statistics
 import time
 import warnings
@@ -34,7 +32,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
+from tables import spread
 
 from sentei import checkpoint, structure
 from sentei.data import Text, prompts
@@ -83,10 +83,7 @@ def main() -> None:
                 row = {"method": name, "sparsity": sparsity, "seed": seed}
                 row |= make(name, sparsity, seed, model, tokenizer, train, test, args)
                 table["rows"].append(row)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                part = out.with_suffix(".tmp")
-                part.write_text(json.dumps(table, indent=1) + "\n")
-                part.replace(out)
+                tables.write(out, table)
                 print(json.dumps({key: row[key] for key in row if key != "history"}), flush=True)
 
 
@@ -113,7 +110,7 @@ def make(
     examples = Examples("response", rest, validation, [], None, args.data or args.train, "")
     if name not in ("atp", "dense") and args.tokens == "all" and not name.startswith("atp-"):
         method = replace(method, steps=2 * args.steps - args.steps // 2, slice_rows=0)
-    reset_peak()
+    tables.reset_peak()
     started = time.monotonic()
     found: dict[str, Any] = {}
     if name in TWO_STAGE:
@@ -324,20 +321,8 @@ def all_tokens(row: dict[str, Any]) -> int:
     return row.get("lora_tokens", 0) + row.get("slice_tokens", 0) + (row.get("heal") or {}).get("tokens", 0)
 
 
-def spread(values: list[float], digits: int) -> str:
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):,.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f} (n={len(values)})"
-
-
 def say(event: dict[str, Any]) -> None:
     print(f"  {event.get('step', '')}/{event.get('of', '')} {event['message']}", flush=True)
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> float:
@@ -346,10 +331,7 @@ def peak() -> float:
         most = torch.cuda.max_memory_allocated() / 1e6
         torch.cuda.reset_peak_memory_stats()
         return most
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return tables.peak()
 
 
 def arguments() -> argparse.Namespace:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import spread, write
 from torch import Tensor
 
 from sentei import checkpoint, data
@@ -99,9 +100,7 @@ def main() -> None:
                     attempt.cut(again, keep_U)
                     row["perplexity"][compensation] = math.exp(again.mean_loss(held))
                 table["rows"].append(row)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
-                out.with_suffix(".tmp").replace(out)
+                write(out, table)
                 print(json.dumps(row), flush=True)
 
 
@@ -157,9 +156,7 @@ def markdown(table: dict[str, Any]) -> str:
         groups.setdefault((row["sparsity"], row["way"]), []).append(row)
 
     def cell(group: list[dict[str, Any]], key: str) -> str:
-        values = [row["perplexity"][key] for row in group]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.1f}{spread}"
+        return spread([row["perplexity"][key] for row in group], count=False)
 
     for (sparsity, way), group in sorted(groups.items()):
         forwards = statistics.mean(row["forwards"] or 0 for row in group)

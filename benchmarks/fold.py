@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import write
 
 from sentei import benchmark, checkpoint, data, evaluate, folding, masks, structure
 from sentei.greedy import greedy
@@ -63,14 +64,9 @@ def main() -> None:
         "versions": {"torch": torch.__version__},
     }
 
-    def write() -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
-        out.with_suffix(".tmp").replace(out)
-
     def put(row: dict[str, Any]) -> None:
         table["rows"].append(row)
-        write()
+        write(out, table)
         print(json.dumps({key: row[key] for key in row if key != "groups"}), flush=True)
 
     made = {(row["row"], row["stored"], row["seed"], row["healed"]) for row in table["rows"]}
@@ -86,13 +82,13 @@ def main() -> None:
                     continue
                 method = row_method(name, stored, seed, args)
                 small = copy.deepcopy(model)
-                run, dense, row = prune(method, small, tokenizer, text, table, write)
+                run, dense, row = prune(method, small, tokenizer, text, table, out)
                 row = {"row": name, "stored": stored, "seed": seed} | row
                 if False in missing:
                     put(row | {"healed": False} | quality(small, tokenizer, args))
                 if args.weigh and not seed and (name, stored) not in weighed:
                     table["weights"].append({"row": name, "stored": stored} | weigh(small, tokenizer, args))
-                    write()
+                    write(out, table)
                 if True in missing:
                     started = time.monotonic()
                     record = method.heal(run, dense, row["origin"], folding.is_folded(small))
@@ -130,7 +126,7 @@ def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) ->
 
 
 def prune(
-    method: FoldGPT, model: Any, tokenizer: Any, text: Any, table: dict[str, Any], write: Any
+    method: FoldGPT, model: Any, tokenizer: Any, text: Any, table: dict[str, Any], out: Path
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Remove and fold `model` in place: what the method's own `compress` does before it heals."""
     run = method.start(model, tokenizer, text)
@@ -138,7 +134,7 @@ def prune(
     began = time.monotonic()
     row: dict[str, Any] = {}
     if method.sparsity and method.score == ("greedy",):
-        keep_U = greedy_prefix(method, run, table, write)
+        keep_U = greedy_prefix(method, run, table, out)
     else:
         keep_U, account = method.choose(run)
         if account["scores"]:
@@ -158,7 +154,7 @@ def prune(
     return run, dense, row
 
 
-def greedy_prefix(method: FoldGPT, run: Any, table: dict[str, Any], write: Any) -> torch.Tensor:
+def greedy_prefix(method: FoldGPT, run: Any, table: dict[str, Any], out: Path) -> torch.Tensor:
     """Greedy's order does not depend on how much is to go: made once, for the largest rate asked so far."""
     units, target = run.units, masks.removal_target(run.units, method.sparsity)
     order: list[int] = table["greedy"].get(str(method.seed), [])
@@ -171,7 +167,7 @@ def greedy_prefix(method: FoldGPT, run: Any, table: dict[str, Any], write: Any) 
         )
         order = [int(entry["unit"]) for entry in found]
         table["greedy"][str(method.seed)] = order
-        write()
+        write(out, table)
     keep_U = torch.ones(len(units), dtype=torch.bool)
     for unit in order:
         if units.removed_parameters(keep_U) < target:

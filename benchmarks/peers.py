@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import peak, reset_peak, spread, write
 
 from sentei import checkpoint, data, evaluate, structure
 from sentei.methods.heal import Heal
@@ -63,9 +63,7 @@ def main() -> None:
 
     def put(row: dict[str, Any]) -> None:
         table["rows"].append(row)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
-        out.with_suffix(".tmp").replace(out)
+        write(out, table)
         print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
 
     made = {(row["method"], row["sparsity"], row["seed"], row["healed"]) for row in table["rows"]}
@@ -182,25 +180,6 @@ def markdown(table: dict[str, Any]) -> str:
         name = f"{method}, healed {rows[0]['heal_steps']} steps" if healed else method
         lines.append(f"| {rows[0].get('removed_of_layers', 0):.1%} | {name} | {used} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):,.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):,.{digits}f} (n={len(values)})"
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> float:
-    """Peak resident megabytes since `reset_peak`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def arguments() -> argparse.Namespace:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import spread, write
 
 import sentei
 from sentei import checkpoint, structure
@@ -110,10 +111,7 @@ def main() -> None:
                     started = time.monotonic()
                     row = wanted | make(args, **wanted) | {"seconds": time.monotonic() - started}
                     table["rows"].append(row)
-                    out.parent.mkdir(parents=True, exist_ok=True)
-                    part = out.with_name(f".{out.name}.part")
-                    part.write_text(json.dumps(table, indent=1) + "\n")
-                    part.replace(out)
+                    write(out, table)
                     print(kind, sparsity, task, seed, row["scores"], flush=True)
 
 
@@ -292,11 +290,7 @@ def int8_scores(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def cell(values: list[Any]) -> str:
-    found = [100 * value for value in values if value is not None]
-    if not found:
-        return "-"
-    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.1f}{spread}"
+    return spread([100 * value for value in values if value is not None], count=False) or "-"
 
 
 def arguments() -> argparse.Namespace:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import spread, write
 
 from sentei import checkpoint
 from sentei.adapters import Unit
@@ -100,9 +101,7 @@ def main() -> None:
                     table["lr"][key] = choose_lr(configuration, base, model, tokenizer, rows, args)
                 row = run(configuration, replace(base, lr=table["lr"][key]), model, tokenizer, rows, "test", args)
                 table["rows"].append({"task": name, "configuration": configuration, "seed": seed} | row)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                out.with_suffix(".tmp").write_text(json.dumps(table, indent=1) + "\n")
-                out.with_suffix(".tmp").replace(out)
+                write(out, table)
                 shown = {"task": name, "configuration": configuration, "seed": seed} | row
                 print(json.dumps({key: shown[key] for key in shown if key != "living"}), flush=True)
 
@@ -262,7 +261,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     for configuration in dict.fromkeys(row["configuration"] for row in table["rows"]):
         rows = [row for row in table["rows"] if row["configuration"] == configuration]
-        cells = [spread([value[k] for k in value if k[:2] == (configuration, name)]) for name in names]
+        cells = [spread([value[k] for k in value if k[:2] == (configuration, name)], count=False) for name in names]
         all_there = {row["task"] for row in rows} == set(names)
         mean = statistics.mean(
             statistics.mean([value[k] for k in value if k[:2] == (configuration, name)]) for name in names
@@ -287,13 +286,6 @@ def difference(value: dict[Any, float], one: str, other: str) -> str:
 
     half = scipy.stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return f"{statistics.mean(pairs):+.1f} ± {half:.1f} (n={len(pairs)})"
-
-
-def spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def arguments() -> argparse.Namespace:

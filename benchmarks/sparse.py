@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import write
 from torch import Tensor, nn
 
 from sentei import checkpoint, structure
@@ -51,12 +52,6 @@ def main() -> None:
         "sparse": str(args.sparse),
     }
 
-    def keep() -> None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f".{out.name}.part")
-        part.write_text(json.dumps(table, indent=1) + "\n")
-        part.replace(out)
-
     made: dict[str, Any] = {}
     for threads in args.threads:
         for length in args.lengths:
@@ -65,12 +60,12 @@ def main() -> None:
                 continue
             made = made or models(args)
             table["models"].append(key | time_models(made, args, threads, length))
-            keep()
+            write(out, table)
             print(key, {name: f"{1000 * t['median']:.2f} ms" for name, t in table["models"][-1]["seconds"].items()})
             if args.no_layers:
                 continue
             table["layers"] += [key | row for row in time_layers(args, threads, length)]
-            keep()
+            write(out, table)
 
 
 # --- whole models -------------------------------------------------------------------------------------------------
