@@ -190,8 +190,8 @@ class Quantise(OnTask):
     def _quantised(self, model: Any, task: Task) -> Any:
         """A copy of the model with quantisers, their ranges set on calibration rows."""
         os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")  # two slow cores compile it for minutes
-        import nncf
-        from nncf.quantization import advanced_parameters as advanced
+        import nncf  # pyright: ignore[reportMissingImports]  (an extra)
+        from nncf.quantization import advanced_parameters as advanced  # pyright: ignore[reportMissingImports]
 
         rows = task.encoded("train")[: self.calibration_rows]
         batches = [_calibration(task, rows, start) for start in range(0, len(rows), 4)]
