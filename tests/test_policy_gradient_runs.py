@@ -162,6 +162,32 @@ def test_finish_cuts_the_best_mask_so_far(tmp_path, monkeypatch):
         finished.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path / "none")
 
 
+def test_finish_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """The state of the interrupted search is still there when the same command comes back with --finish."""
+    from sentei.cli import main
+
+    tiny_model("llama").save_pretrained(tmp_path / "parent")
+    word_tokenizer().save_pretrained(tmp_path / "parent")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} {WORDS * 9}"}) + "\n" for i in range(60)))
+    flags = [word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["compress", str(tmp_path / "parent"), "--method", "policy_gradient", "--sparsity", "0.3", *flags]
+    command += ["--data", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "small")]
+    save, saves = search.Search._save, []
+
+    def dies(self, levels):
+        save(self, levels)
+        saves.append(1)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search.Search, "_save", dies)
+        assert main(command) == 2
+    assert main([*command, "--finish", "true"]) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "small" / "compression.json").read_text())["stages"][-1]["record"]
+    assert len(record["history"]) == 3
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,9 +52,17 @@ class Method(Protocol):
     ) -> dict[str, Any]: ...
 
 
-def option(default: Any, help: str, source: str = "") -> Any:
-    """A dataclass field with its help text and the place its default comes from."""
-    return field(default=default, metadata={"help": help, "source": source})
+def option(default: Any, help: str, source: str = "", *, transient: bool = False) -> Any:
+    """A dataclass field with its help text and the place its default comes from.
+
+    A transient field says how to go on with a run and is no part of what the run is: see `settings`.
+    """
+    return field(default=default, metadata={"help": help, "source": source, "transient": transient})
+
+
+def settings(method: Any) -> dict[str, Any]:
+    """A method's fields but the transient ones: a saved state belongs to a run whose settings are equal."""
+    return {item.name: getattr(method, item.name) for item in fields(method) if not item.metadata.get("transient")}
 
 
 def load(name: str) -> type:

@@ -185,7 +185,7 @@ class Job:
 
     def resolved(self, data: Any, text_field: str) -> dict[str, Any]:
         """The recipe of this stage alone, every field written out."""
-        stage = {"method": self.name, **dataclasses.asdict(self.method)}
+        stage = {"method": self.name, **methods.settings(self.method)}
         if self.teacher is not None:
             stage["teacher"] = self.teacher
         recipe = {"model": self.given, "data": data, "text_field": text_field, "out": str(self.out), "stages": [stage]}

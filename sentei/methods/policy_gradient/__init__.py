@@ -92,7 +92,9 @@ class PolicyGradient(Structural):
     eval_samples: int = option(16, "held-out blocks of those evaluations")
     save_every: int = option(10, "steps between saves of the state, when there is a work folder")
     keep_best: bool = option(True, "return the best hard mask evaluated, the start included, instead of the last")
-    finish: bool = option(False, "do not search on: cut the best mask that an interrupted search has saved")
+    finish: bool = option(
+        False, "do not search on: cut the best mask that an interrupted search has saved", transient=True
+    )
 
     def __post_init__(self) -> None:
         if self.preset not in ("ours", "paper"):

@@ -148,17 +148,17 @@ class Slopes:
         losses: list[float] = []
         # A reward may run the model as often as it likes; the language-model loss runs it once, on this batch.
         inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(keep_U, turn)))
+        once = search.reward is None and len(inputs) == search.units.num_layers
+        count = len(allocation.pairs)
         for pair, of in enumerate(allocation.pairs):
             less_U = keep_U.clone()
             kept = of[keep_U[of]]
             worst_first = kept[allocation.rank_U[kept].argsort(descending=True)]
             less_U[worst_first[: round(float(self.delta_P[pair]) * len(of))]] = False
             layer = int(allocation.layer_P[pair])
-            once = search.reward is None and len(inputs) == search.units.num_layers
             shared = masks.starting_at(search.run.model, layer, inputs[layer]) if once else nullcontext()
             with shared:
                 losses.append(search.loss(less_U, turn))
-            count = len(allocation.pairs)
             search.run.tick("searching: slopes", step * count + pair, self.steps * count)
         self._propose(losses)
         # Judged on text that the slopes have not seen: they fit their own batch far better than any other.

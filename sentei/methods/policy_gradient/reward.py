@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sentei.data.examples import read_rows
 from sentei.train import mix
 
 # Short names of the functions that come with sentei; any other name is the user's module:function.
@@ -83,25 +84,12 @@ def _find(name: str) -> Callable[[nn.Module, Batch], Any]:
 
 
 def examples(file: str, held: float = 0.2, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of a JSONL file, dealt to search and held-out part by a hash of the row: equal rows land on one side.
+    """Rows of a file, dealt to search and held-out part by a hash of the row: equal rows land on one side.
 
     Raises:
-        ValueError: no such file, a line that is no JSON object, or too few rows.
+        ValueError: no such file, a row that cannot be read, or too few.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"reward_data {file}: no such file")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}, line {number}: expected a JSON object")
-        rows.append(row)
+    rows = [row for row, _ in read_rows(file)]
     part: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for row in rows:
         dealt = mix(seed, json.dumps(row, sort_keys=True)) % 1000

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sentei import importance, masks
+from sentei.methods import settings
 from sentei.methods.policy_gradient.levels import Allocation, Bits, Level, Slopes, Widths
 from sentei.methods.policy_gradient.reward import Batch, Reward, examples
 from sentei.methods.structural import Run
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sentei.methods.policy_gradient import PolicyGradient
 
 STATE = "search.safetensors"
-NOT_OF_THE_RUN = ("finish", "eval_every", "save_every")  # fields that a resumed run may change
 
 
 class Search:
@@ -139,7 +138,7 @@ class Search:
     def loss(self, keep_U: Tensor, step: int) -> float:
         """The loss of this process's batch of a step under a mask."""
         if self.reward is not None:
-            return self._reward_loss(keep_U, self._of_step(self.rows or list(self.batches), step))
+            return self._reward_loss(keep_U, self._of_step(self.rows or self.batches, step))
         with masks.sliced(self.run.model, self.units, keep_U, self.fill):
             return float(self.run.loss(self.run.model, self.batch(step), step))
 
@@ -156,7 +155,6 @@ class Search:
     def _reward_loss(self, keep_U: Tensor, batch: Any) -> float:
         assert self.reward is not None
         device = next(self.run.model.parameters()).device
-        shown = Batch(self.run.tokenizer, device)
         if isinstance(batch, Tensor):
             shown = Batch(self.run.tokenizer, device, input_ids=batch.to(device))
         else:
@@ -221,18 +219,19 @@ class Search:
     # --- saved state -------------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        fields = {name: value for name, value in asdict(self.method).items() if name not in NOT_OF_THE_RUN}
-        identity = {"fields": fields, "units": len(self.units), "parameters": self.units.layer_parameters}
+        identity = {
+            "fields": settings(self.method),
+            "units": len(self.units),
+            "parameters": self.units.layer_parameters,
+        }
         return json.loads(json.dumps(identity | {"processes": self.ranks}))
 
     def _save(self, levels: list[Level]) -> None:
         """One file, written beside the old one and moved over it: a kill at any moment leaves a whole state."""
-        if self.folder is None:
+        if self.folder is None or self.rank:
             return
         tensors = {f"{i}.{name}": x for i, level in enumerate(levels) for name, x in level.tensors().items()}
         tensors["best"] = self.best["keep"]
-        if self.rank:
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"identity": self._identity(), "numbers": self.numbers, "history": self.history})
         temporary = self.folder / "search.tmp"
