@@ -10,6 +10,7 @@ Shape legend: B batch, T positions, N targets (positions with a target, of all r
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sentei import structure
-from sentei.train import IGNORE, Batch
+from sentei.train import IGNORE, Batch, autocast, evaluating
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -130,6 +131,25 @@ class Distillation:
         )
         losses = {"loss": loss, "ce": ce} | ({} if self.teacher is None else {"kl": divergence})
         return losses, output, teacher_output
+
+
+@torch.no_grad()
+def held_out(
+    model: nn.Module, batches: Iterable[Batch], precision: str, teacher: nn.Module | None = None
+) -> dict[str, float]:
+    """Means over the targets of held-out batches, nats: "ce" and, with a teacher, "kl"."""
+    sums: dict[str, float] = {}
+    count = 0
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for batch in batches:
+            targets = int((batch["targets"] != IGNORE).sum())
+            with autocast(precision, device):
+                parts = Distillation(teacher)(model, {name: x.to(device) for name, x in batch.items()})
+            for name in parts.keys() - {"loss"}:
+                sums[name] = sums.get(name, 0.0) + float(parts[name]) * targets
+            count += targets
+    return {name: total / max(count, 1) for name, total in sums.items()}
 
 
 def hidden(model: nn.Module, inputs: Batch) -> tuple[Tensor, Any]:

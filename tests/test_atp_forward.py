@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from sentei import checkpoint, head_dims, structure
+from sentei import checkpoint, head_dims, lora, structure
 from sentei.distill import Distillation
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.wiring import Adapters, MaskBook
@@ -46,7 +46,7 @@ class Adapted:
         self.model = toy(name)
         self.units = wiring.units_of(self.model, space)
         self.rows = wiring.wire(self.model, self.units)
-        wiring.adapt(self.model, self.rows, rank=4, alpha=4, dropout=dropout, seed=0)
+        lora.attach(self.model, [row.name for row in self.rows], rank=4, alpha=4, dropout=dropout, seed=0)
         self.book = MaskBook(self.model, self.units, self.rows)
         self.adapters = Adapters(self.model, self.units, self.rows)
         if live:
@@ -62,7 +62,7 @@ class Adapted:
 
     def cut(self, keep):
         self.book.remove()
-        wiring.unwrap(self.model, self.rows, merge=True)
+        lora.detach(self.model, [row.name for row in self.rows])
         wiring.remove(self.model, self.units, keep)
         return self.model
 

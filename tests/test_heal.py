@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sentei import data, structure
+from sentei import data, lora, structure
 from sentei.data import Text
 from sentei.distill import Distillation
 from sentei.methods import heal as heal_module
@@ -180,7 +180,7 @@ def test_merged_equals_adapted(pruned):
             if "lora_B" in name:
                 p.normal_(std=0.1)
     adapted = pruned(ids).logits
-    heal_module._merge(pruned, names)
+    lora.detach(pruned, names)
     assert (pruned(ids).logits - adapted).abs().max() <= 1e-5
 
 
@@ -193,7 +193,7 @@ def test_merging_rounds_once():
     assert a.dtype == b.dtype == torch.float32
     nn.init.normal_(b, std=0.01)
     expected = (wrapped.get_base_layer().weight.float() + (32.0 / 4) * (b @ a)).to(torch.bfloat16)
-    heal_module._merge(model, names)
+    lora.detach(model, names)
     assert torch.equal(model.get_submodule(names[0]).weight, expected)
 
 
@@ -204,9 +204,9 @@ def test_early_stopping_puts_the_best_back(pruned, parent, tokenizer, text, monk
 
     def fake(model, held, precision):
         snapshots.append(weights(model))
-        return next(losses)
+        return {"ce": next(losses)}
 
-    monkeypatch.setattr(heal_module, "_loss", fake)
+    monkeypatch.setattr(heal_module, "held_out", fake)
     record = short(mode="full", steps=50, eval_every=2, patience=2).compress(pruned, tokenizer, text, teacher=parent)
     assert record["best_step"] == 4 and record["steps"] == 8 and record["stopped_early"]
     assert_same(weights(pruned), snapshots[2])

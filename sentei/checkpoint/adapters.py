@@ -25,6 +25,7 @@ import sentei
 from sentei import adapters
 from sentei.adapters import Unit
 from sentei.checkpoint import reading, writing
+from sentei.train import evaluating
 
 FORMAT = 1
 FILE = "sentei_adapter.json"
@@ -226,9 +227,8 @@ def _verify(folder: Path, model: Any) -> None:
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(5, model.config.vocab_size, (2, length), generator=random).to(device)
     ids[ids == model.config.pad_token_id] += 1
-    mode = model.training
-    expected, found = model.eval()(input_ids=ids)[0], again(input_ids=ids)[0]
-    model.train(mode)
+    with evaluating(model):
+        expected, found = model(input_ids=ids)[0], again(input_ids=ids)[0]
     allowed = (1e-6 if dtype == torch.float32 else 2e-2) * max(1.0, float(expected.abs().max()))
     difference = float((expected - found).abs().max())
     if not difference <= allowed:

@@ -24,6 +24,7 @@ import sentei
 from sentei import remote, structure
 from sentei.checkpoint import card, folded, forms, reading, zeros
 from sentei.remote import reload
+from sentei.train import evaluating
 
 TOLERANCE = 1e-5  # of the largest output, float32
 PROMPT = "The art of pruning: cut what the tree can spare, and keep its shape. 2 + 2 = 4"
@@ -252,10 +253,8 @@ def _verify(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> flo
     length = min(24, model.config.max_position_embeddings - 4)
     ids = reload.prompt_ids(model.config.vocab_size, length).to(model.device)
     rounded = {name: tensor.to(dtype).float() for name, tensor in model.named_parameters()}
-    mode = model.training
-    with torch.no_grad():
-        expected = torch.func.functional_call(model.eval(), rounded, (), {"input_ids": ids})[0].cpu()
-    model.train(mode)
+    with torch.no_grad(), evaluating(model):
+        expected = torch.func.functional_call(model, rounded, (), {"input_ids": ids})[0].cpu()
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.safetensors"
         command = [sys.executable, str(Path(reload.__file__)), str(folder), str(answer), PROMPT]

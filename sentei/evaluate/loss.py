@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sentei import data
+from sentei.train import evaluating
 
 UNSCORED = -100
 # Logits exist for as many tokens at a time as fill this: 150 000 words of vocabulary at fp32 would otherwise take five
@@ -209,9 +210,7 @@ def _mean_loss(
         for input_BT, label_BT in zip(input_NT.split(batch_size), label_NT.split(batch_size), strict=True)
     ]
     total, tokens, block = 0.0, 0, 0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for input_BT, label_BT in _track(batches, title, progress):
             loss_S = _losses(model, input_BT.to(model.device), label_BT.to(model.device))
             if not torch.isfinite(loss_S).all():
@@ -223,8 +222,6 @@ def _mean_loss(
             total += loss_S.double().sum().item()
             tokens += len(loss_S)
             block += len(input_BT)
-    finally:
-        model.train(training)
     return total / tokens, tokens
 
 

@@ -32,12 +32,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from sentei import data, structure
-from sentei.distill import Distillation, check_head
+from sentei import data, lora, structure
+from sentei.distill import Distillation, check_head, held_out
 from sentei.methods import Progress, option
 from sentei.train import (
     Batch,
@@ -157,13 +155,13 @@ class Heal:
         try:
             record = self._train(model, make, train_NT, held, teacher, precision, started, workdir, report)
         finally:
-            _merge(model, adapters)
+            lora.detach(model, adapters)
             for name, p in model.named_parameters():
                 dtype, requires_grad = before[name]
                 p.data = p.data.to(dtype)
                 p.requires_grad_(requires_grad)
             model.train(was_training)
-        record["loss_after"] = _loss(model, held, precision)
+        record["loss_after"] = held_out(model, held, precision)["ce"]
         record["seconds"] = time.monotonic() - started
         return record
 
@@ -230,7 +228,7 @@ class Heal:
         """Train, measure, stop early; leaves the best weights in the model."""
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         begun = time.monotonic()
-        loss = _loss(model, held, precision)
+        loss = held_out(model, held, precision)["ce"]
         measuring = time.monotonic() - begun
         if not math.isfinite(loss):
             raise ValueError(
@@ -300,7 +298,7 @@ class Heal:
         state: dict[str, Any],
     ) -> bool:
         """One measurement on validation text, into `state`; True when it is time to stop."""
-        loss = _loss(model, held, precision)
+        loss = held_out(model, held, precision)["ce"]
         best = min(entry["validation_loss"] for entry in state["history"])
         state["history"].append({**asdict(step), "validation_loss": loss})
         if loss < best:
@@ -322,60 +320,18 @@ def _batch_maker(model: Any, tokenizer: Any, seed: int) -> Callable[[Tensor, int
 def _adapt(model: nn.Module, how: Heal) -> list[str]:
     """Say which parameters move; the names of the linears that got an adapter (none in "full")."""
     model.requires_grad_(False)
-    blocks = {id(module) for block in structure.layers(model) for module in block.modules()}
-    inside = [(name, module) for name, module in model.named_modules() if id(module) in blocks]
     if how.mode == "full":
         outside = {
             id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()
         }
         rest = [p for p in structure.base_model(model).parameters() if p.ndim < 2 and id(p) not in outside]
-        for p in [*rest, *(p for _, module in inside for p in module.parameters())]:
+        for p in [*rest, *(p for block in structure.layers(model) for p in block.parameters())]:
             p.requires_grad_(p.numel() > 0)
             p.data = p.data.float()
         return []
-    # A linear without inputs or outputs is what is left of a removed sub-layer.
-    names = [name for name, module in inside if isinstance(module, nn.Linear) and module.weight.numel()]
-    config = LoraConfig(
-        r=how.lora_rank, lora_alpha=how.lora_alpha, lora_dropout=0.0, bias="none", target_modules=[*names]
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(mix(how.seed, "lora"))
-        inject_adapter_in_model(config, model)
-    for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name)
-        if p.requires_grad:
-            p.data = p.data.float()
-    assert all(isinstance(model.get_submodule(name), LoraLayer) for name in names)
+    names = lora.linears(model)
+    lora.attach(model, names, rank=how.lora_rank, alpha=how.lora_alpha, seed=how.seed)
     return names
-
-
-@torch.no_grad()
-def _merge(model: nn.Module, names: list[str]) -> None:
-    """Add each adapter to its linear's weight in fp32, round once to the weight's dtype, put the plain linear back."""
-    for name in names:
-        wrapped = model.get_submodule(name)
-        assert isinstance(wrapped, LoraLayer)
-        linear = wrapped.get_base_layer()
-        delta = wrapped.get_delta_weight("default")
-        linear.weight.data = (linear.weight.float() + delta.float()).to(linear.weight.dtype)
-        model.set_submodule(name, linear)
-    if names:
-        del model.peft_config
-
-
-@torch.no_grad()
-def _loss(model: Any, held: list[Batch], precision: str) -> float:
-    """Mean cross-entropy of held-out batches, nats per target."""
-    was_training = model.training
-    model.eval()
-    total = count = 0.0
-    for batch in held:
-        targets = int((batch["targets"] != -100).sum())
-        with autocast(precision, next(model.parameters()).device):
-            total += float(Distillation()(model, batch)["ce"]) * targets
-        count += targets
-    model.train(was_training)
-    return total / max(count, 1)
 
 
 def _copy(trained: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sentei import structure
+from sentei import lora, structure
 from sentei.data import prompts
 from sentei.data.examples import Examples
 from sentei.data.examples import load as load_rows
@@ -234,7 +234,15 @@ class ATP:
         if precision == "fp32":  # 16-bit products are slow on such a device, and these casts are exact both ways
             _cast(model, torch.float32)
         rows = wiring.wire(model, units)
-        self._adapt(model, rows)
+        adapted = [row.name for row in rows]
+        lora.attach(
+            model,
+            adapted,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha or self.lora_rank,
+            dropout=self.lora_dropout,
+            seed=self.seed,
+        )
         book = wiring.MaskBook(model, units, rows)
         run: Tuning | None = None
         try:
@@ -255,11 +263,11 @@ class ATP:
                 expected = _logits(model, checks)
         except BaseException:
             book.remove()
-            wiring.unwrap(model, rows, merge=False)
+            lora.detach(model, adapted, merge=False)
             _restore(model, before)
             raise
         book.remove()
-        wiring.unwrap(model, rows, merge=True)
+        lora.detach(model, adapted)
         self.remove(model, units, keep_U)
         difference = _compare(_logits(model, checks), expected)
         _restore(model, before)
@@ -343,16 +351,6 @@ class ATP:
                 "or set slice_rows"
             )
         return least if self.slice_rows is not None else min(max(least, num_rows // 10), num_rows // 3)
-
-    def _adapt(self, model: nn.Module, rows: list[wiring.Row]) -> None:
-        wiring.adapt(
-            model,
-            rows,
-            rank=self.lora_rank,
-            alpha=self.lora_alpha or self.lora_rank,
-            dropout=self.lora_dropout,
-            seed=self.seed,
-        )
 
     def _tune_teacher(
         self,

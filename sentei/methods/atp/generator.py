@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei.structure import KINDS, Units
-from sentei.train import mix
+from sentei.train import evaluating, mix
 
 EMBEDDING = 64
 
@@ -58,11 +58,8 @@ class Generator(nn.Module):
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits without dropout or noise, [U]: the same at every call."""
-        was_training = self.training
-        self.eval()
-        logits_U = self()
-        self.train(was_training)
-        return logits_U
+        with evaluating(self):
+            return self()
 
 
 def _initialise(block: nn.Module) -> None:

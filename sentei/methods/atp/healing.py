@@ -14,7 +14,7 @@ from sentei import structure
 from sentei.distill import Distillation
 from sentei.methods.atp.tuning import Tuning
 from sentei.methods.atp.wiring import MaskBook
-from sentei.train import Settings, Step, mix, train
+from sentei.train import Settings, Step, evaluating, mix, train
 
 
 def heal(
@@ -67,19 +67,16 @@ class Teacher(nn.Module):
 
         def switched(**inputs: Tensor) -> Any:
             trained = {p: p.requires_grad for p in model.parameters()}
-            was_training = model.training
-            model.eval()
             try:
                 for layer in layers:
                     layer.set_adapter(adapter)
-                with book.using("off"):
+                with evaluating(model), book.using("off"):
                     return structure.base_model(model)(**inputs)
             finally:
                 for layer in layers:
                     layer.set_adapter("default")
                 for parameter, requires in trained.items():
                     parameter.requires_grad_(requires)
-                model.train(was_training)
 
         self.__dict__["switched"] = switched
 

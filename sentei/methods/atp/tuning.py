@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sentei import structure
 from sentei.data import prompts
-from sentei.distill import Distillation
+from sentei.distill import Distillation, held_out
 from sentei.methods import Progress
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import selection
@@ -34,6 +34,7 @@ from sentei.train import (
     Settings,
     Step,
     autocast,
+    evaluating,
     mix,
     processes,
     recompute_activations,
@@ -322,15 +323,11 @@ class Tuning:
     @contextmanager
     def _inference_mode_of_modules(self) -> Iterator[None]:
         """Dropout off; yet transformers recomputes activations in blocks that are in train mode only."""
-        was_training = self.model.training
-        self.model.eval()
-        if self.method.checkpointing:
-            for layer in structure.layers(self.model):
-                layer.training = True
-        try:
+        with evaluating(self.model):
+            if self.method.checkpointing:
+                for layer in structure.layers(self.model):
+                    layer.training = True
             yield
-        finally:
-            self.model.train(was_training)
 
     def _sample(self, step: int) -> tuple[Tensor, float]:
         """A hard mask without the network's dropout and with fresh noise, and the fraction of parameters it keeps."""
@@ -467,32 +464,19 @@ class Tuning:
         """Largest difference of the logits between the two masked forwards, dropout off."""
         batch = self.data.batch(self.data.train, [0])
         inputs = {name: x.to(self.device) for name, x in batch.items() if name != "targets"}
-        was_training = self.model.training
-        self.model.eval()
         logits = {}
         for mode in ("base", "full"):
-            with self.book.using(mode, self._mask()), autocast(self.precision, self.device):
+            with evaluating(self.model), self.book.using(mode, self._mask()), autocast(self.precision, self.device):
                 logits[mode] = self.model(**inputs, use_cache=False).logits.float()
-        self.model.train(was_training)
         return float((logits["base"] - logits["full"]).abs().max())
 
-    @torch.no_grad()
     def held_loss(self) -> float:
         """Mean cross-entropy of the held-out rows as the cut model would have it, nats per target."""
-        total = count = 0.0
-        was_training = self.model.training
-        self.model.eval()
-        rows = list(range(min(len(self.data.held), self.method.eval_rows)))
+        rows, size = range(min(len(self.data.held), self.method.eval_rows)), self.data.batch_size
+        batches = (self.data.batch(self.data.held, [*rows[start : start + size]]) for start in rows[::size])
         with self.book.using("off" if self.method.mask == "none" else "full", self._mask()):
-            for start in range(0, len(rows), self.data.batch_size):
-                batch = self.data.batch(self.data.held, rows[start : start + self.data.batch_size])
-                batch = {name: x.to(self.device) for name, x in batch.items()}
-                targets = int((batch["targets"] != IGNORE).sum())
-                with autocast(self.precision, self.device):
-                    total += float(Distillation()(self.model, batch)["ce"]) * targets
-                count += targets
-        self.model.train(was_training)
-        return float(self._shared(torch.tensor(total / max(count, 1), dtype=torch.double)))
+            found = held_out(self.model, batches, self.precision)["ce"]
+        return float(self._shared(torch.tensor(found, dtype=torch.double)))
 
     def _fixed_mask(self) -> Tensor:
         """The mask of the baselines: by Taylor scores of the untuned model, or by chance."""

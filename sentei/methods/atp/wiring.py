@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sentei import head_dims, structure
 from sentei.structure import Units
-from sentei.train import mix
+from sentei.train import evaluating
 
 SPACES = ("groups+channels", "head-dims+channels")
 
@@ -118,21 +118,6 @@ def wire(model: nn.Module, units: Units) -> list[Row]:
     return found
 
 
-def adapt(model: nn.Module, rows: list[Row], *, rank: int, alpha: int, dropout: float, seed: int) -> None:
-    """Plain LoRA on the wired linears, fp32; everything else frozen."""
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", target_modules=[row.name for row in rows]
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(mix(seed, "lora"))
-        inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.train(model.training)  # new modules come in train mode
-
-
 def add_adapter(model: nn.Module, rows: list[Row], name: str, *, rank: int, alpha: int) -> None:
     """A second, frozen adapter of the same shape, not active."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -154,22 +139,6 @@ def base_of(wrapped: LoraLinear) -> nn.Linear:
     linear = wrapped.get_base_layer()
     assert isinstance(linear, nn.Linear)
     return linear
-
-
-@torch.no_grad()
-def unwrap(model: nn.Module, rows: list[Row], *, merge: bool) -> None:
-    """Put the plain linears back, with c B A added in fp32 where `merge`; the merged weight stays fp32."""
-    for row in rows:
-        wrapped = model.get_submodule(row.name)
-        if not isinstance(wrapped, LoraLinear):
-            continue
-        linear = base_of(wrapped)
-        if merge:
-            # A zero row of B and a zero column of A give exact zeros here, so what is cut carries nothing away.
-            linear.weight.data = linear.weight.float() + wrapped.get_delta_weight("default").float()
-        model.set_submodule(row.name, linear)
-    if "peft_config" in vars(model):
-        del model.peft_config
 
 
 class MaskBook:
@@ -251,11 +220,10 @@ def probe(model: nn.Module, units: Units, rows: list[Row], book: MaskBook, ids_B
     """
     base, last = structure.base_model(model), units.num_layers - 1
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
 
     def hidden() -> Tensor:
-        return base(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state.float()
+        with evaluating(model):
+            return base(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state.float()
 
     dense = hidden()
     for layer in sorted({0, last // 2, last}):
@@ -286,7 +254,6 @@ def probe(model: nn.Module, units: Units, rows: list[Row], book: MaskBook, ids_B
                         f"masking half the {kind} of layer {layer} had no effect, or another one than their removal: "
                         "a fused kernel replaces its linear layers; disable it"
                     )
-    model.train(was_training)
 
 
 class Adapters:

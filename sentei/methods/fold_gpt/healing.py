@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from sentei import folding, structure
-from sentei.distill import Distillation
+from sentei import folding, lora, structure
+from sentei.distill import Distillation, held_out
 from sentei.methods import Progress
-from sentei.train import Batch, Settings, autocast, causal_batch, mix, resolve_precision, shuffled, train
+from sentei.train import Batch, Settings, causal_batch, resolve_precision, shuffled, train
 
 SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 Pairs = list[tuple[int, int]]
@@ -121,10 +119,16 @@ def heal(
         for p in (*model.parameters(), *dense.parameters()):
             p.data = p.data.float()
     model.requires_grad_(False)
-    for p in own_parameters(model):
+    own = own_parameters(model)
+    for p in own:
         p.requires_grad_(True)
         p.data = p.data.float()
-    adapters = _adapt(model, lora_rank, settings.seed) if lora_rank else []
+    adapters: list[str] = []
+    if lora_rank:
+        adapters = lora.linears(model)
+        lora.attach(model, adapters, rank=lora_rank, alpha=2 * lora_rank, seed=settings.seed)
+        for p in own:
+            p.requires_grad_(True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = [causal_batch(rows) for rows in held_NT.to(device).split(batch_size)]
     history = [{"step": 0} | _measure(model, loss, held, precision)]
@@ -157,7 +161,7 @@ def heal(
                 for name, p in trained.items():
                     p.copy_(start[name])
     finally:
-        _merge(model, adapters)
+        lora.detach(model, adapters)
         for name, p in model.named_parameters():
             dtype, requires_grad = before[name]
             p.data = p.data.to(dtype)
@@ -191,57 +195,6 @@ def own_parameters(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def _adapt(model: nn.Module, rank: int, seed: int) -> list[str]:
-    blocks = {id(module) for block in structure.layers(model) for module in block.modules()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if id(module) in blocks and isinstance(module, nn.Linear) and module.weight.numel()
-    ]
-    free = [p for p in model.parameters() if p.requires_grad]  # peft freezes what is not its own
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, bias="none", target_modules=[*names])
-    with torch.random.fork_rng([]):
-        torch.manual_seed(mix(seed, "lora"))
-        inject_adapter_in_model(config, model)
-    for name, p in model.named_parameters():
-        p.requires_grad_("lora_" in name)
-        if p.requires_grad:
-            p.data = p.data.float()
-    for p in free:
-        p.requires_grad_(True)
-    return names
-
-
-@torch.no_grad()
-def _merge(model: nn.Module, names: list[str]) -> None:
-    """Into the owners' weights, in fp32; a new tensor, for the dense model may hold the old one."""
-    for name in names:
-        wrapped = model.get_submodule(name)
-        assert isinstance(wrapped, LoraLayer)
-        linear = wrapped.get_base_layer()
-        delta = wrapped.get_delta_weight("default")
-        assert isinstance(linear, nn.Linear)
-        weight = (linear.weight.float() + delta.float()).to(linear.weight.dtype)
-        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-        model.set_submodule(name, linear)
-    if names:
-        del model.peft_config
-
-
-@torch.no_grad()
 def _measure(model: nn.Module, loss: TailDistillation, held: list[Batch], precision: str) -> dict[str, float]:
-    """Means over held-out batches: cross-entropy as "loss", and "kl"."""
-    was_training = model.training
-    model.eval()
-    sums: dict[str, float] = {}
-    count = 0
-    for batch in held:
-        with autocast(precision, next(model.parameters()).device):
-            parts = Distillation(loss.teacher)(model, batch)
-        rows = len(batch["input_ids"])
-        for name in ("ce", "kl"):
-            if name in parts:
-                sums[name] = sums.get(name, 0.0) + float(parts[name]) * rows
-        count += rows
-    model.train(was_training)
-    return {{"ce": "loss"}.get(name, name): total / count for name, total in sums.items()}
+    found = held_out(model, held, precision, loss.teacher)
+    return {"loss": found.pop("ce"), **found}

@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from sentei import data, structure
-from sentei.distill import Distillation
+from sentei.distill import Distillation, held_out
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once import pattern as patterns
@@ -39,7 +39,6 @@ from sentei.train import (
     Batch,
     Batches,
     Settings,
-    autocast,
     causal_batch,
     mix,
     resolve_precision,
@@ -157,16 +156,7 @@ class Pretraining:
 
     def _measure(self, model: Any, held: list[Batch], precision: str) -> float:
         """Cross-entropy of held-out text, nats per target."""
-        was_training = model.training
-        model.eval()
-        total = count = 0.0
-        with torch.no_grad(), autocast(precision, next(model.parameters()).device):
-            for batch in held:
-                targets = int((batch["targets"] != IGNORE).sum())
-                total += float(Distillation()(model, without_pairs(batch))["ce"]) * targets
-                count += targets
-        model.train(was_training)
-        return total / max(count, 1)
+        return held_out(model, (without_pairs(batch) for batch in held), precision)["ce"]
 
     def _run(
         self,

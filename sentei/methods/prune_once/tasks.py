@@ -22,7 +22,7 @@ from sentei.data.examples import Examples
 from sentei.distill import Distillation, kl
 from sentei.evaluate import scores as scoring
 from sentei.evaluate import squad as squad_scoring
-from sentei.train import IGNORE, Batch, Batches, causal_batch, shuffled
+from sentei.train import IGNORE, Batch, Batches, causal_batch, evaluating, shuffled
 
 KINDS = ("classification", "regression", "qa", "clm")
 Forward = Callable[[Batch], Sequence[Tensor]]
@@ -148,13 +148,8 @@ def in_torch(model: nn.Module) -> Forward:
     device = next(model.parameters()).device
 
     def call(batch: Batch) -> Sequence[Tensor]:
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                output = model(**{name: x.to(device) for name, x in batch.items()})
-        finally:
-            model.train(was_training)
+        with evaluating(model), torch.inference_mode():
+            output = model(**{name: x.to(device) for name, x in batch.items()})
         return [logits.cpu() for logits in _logits(output)]
 
     return call

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sentei.data.examples import Examples, MakeRow, Row, field
 from sentei.evaluate import scores
-from sentei.train import IGNORE, Batch, Batches, autocast, causal_batch, mix, resolve_precision, shuffled
+from sentei.train import IGNORE, Batch, Batches, autocast, causal_batch, evaluating, mix, resolve_precision, shuffled
 
 DEFAULT_METRIC = {"classification": "accuracy", "regression": "spearman", "response": "likelihood"}
 
@@ -80,24 +80,22 @@ class Task:
     ) -> list[float]:
         """A label's index, a number, or the mean loss of a response, for each row."""
         device = next(model.parameters()).device
-        was_training = model.training
-        model.eval()
         found = [0.0] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(self._encode(rows[i])["input_ids"]))
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = {name: x.to(device) for name, x in self.collate([rows[i] for i in places]).items()}
-            targets = batch.pop("targets")
-            with autocast(resolve_precision(precision, device), device):
-                logits = model(**batch).logits.float()
-            if self.kind == "response":
-                each_BT = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-                values = each_BT.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
-            else:
-                values = logits[:, 0] if self.kind == "regression" else logits.argmax(-1)
-            for place, value in zip(places, values.tolist(), strict=True):
-                found[place] = value
-        model.train(was_training)
+        with evaluating(model):
+            for start in range(0, len(order), batch_size):
+                places = order[start : start + batch_size]
+                batch = {name: x.to(device) for name, x in self.collate([rows[i] for i in places]).items()}
+                targets = batch.pop("targets")
+                with autocast(resolve_precision(precision, device), device):
+                    logits = model(**batch).logits.float()
+                if self.kind == "response":
+                    each_BT = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+                    values = each_BT.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)
+                else:
+                    values = logits[:, 0] if self.kind == "regression" else logits.argmax(-1)
+                for place, value in zip(places, values.tolist(), strict=True):
+                    found[place] = value
         return found
 
     def score(self, model: nn.Module, rows: Sequence[Row], *, batch_size: int, precision: str = "auto") -> float:
