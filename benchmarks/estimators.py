@@ -124,7 +124,7 @@ def random_search(method: PolicyGradient, run: Any, forwards: int) -> Tensor:
 def bonsai(method: PolicyGradient, run: Any, forwards: int, ridge: float = 1.0) -> Tensor:
     """Losses of random sub-models on one batch, regressed on the runs of channels that they held."""
     search = Search(method, run)
-    bits = Bits(search)
+    bits = Bits(search, None)
     generator = torch.Generator().manual_seed(method.seed)
     held_KB, losses = [], []
     for _ in range(forwards):

@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, hidden: int, device: torch.device, dtype: 
     units = structure.units(model)
     run = RandomText(model, None, units, None, method, None, None, time.monotonic())  # pyright: ignore[reportArgumentType]
     search = Search(method, run)
-    bits = Bits(search)
+    bits = Bits(search, None)
     batch = search.batch(0).to(device)
 
     def seconds(work: Any, rounds: int) -> float:

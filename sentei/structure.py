@@ -285,7 +285,7 @@ def parse_granularity(granularity: str) -> tuple[str, ...]:
     if len(kinds) > 1 and set(kinds) != {"heads", "channels"}:
         raise ValueError(
             f"granularity {granularity!r}: these units contain one another; use heads+channels, heads, channels, "
-            "sublayers or layers, and run two stages for a mixture"
+            "sublayers or layers, run two stages for a mixture, or let policy_gradient mix them"
         )
     return kinds
 

@@ -234,6 +234,8 @@ def test_preset_and_refusals(words):
         ({"granularity": "layers", "init": "wanda"}, "block_influence scores whole blocks"),
         ({"sparsity": 1.2}, r"got 1\.2"),
         ({"budget": "both"}, "global or family"),
+        ({"granularity": "sublayers+layers"}, "goes before heads and channels"),
+        ({"granularity": "layers+channels", "shape": "uniform"}, "shape=uniform"),
     ):
         with pytest.raises(ValueError, match=message):
             PolicyGradient(**fields).check()
@@ -262,6 +264,43 @@ def test_slopes_find_the_allocation_of_their_model(words, monkeypatch):
     best = best + (kept.mean() - best.mean())  # equal layers: the budget is a common shift
     torch.testing.assert_close(kept, best, atol=0.5 / 40 + 0.02, rtol=0)  # a unit is 1/40; slopes are secants
     assert record["forwards"] == 2 + (4 + 3 + 2 + 1) / 4 + 3
+
+
+@pytest.mark.parametrize(
+    ("size", "gone"), [((0.01, 2.0, 4.0, 3.0), [0]), ((2.0, 0.01, 4.0, 0.02), [1, 3]), ((1.0, 1.0, 1.0, 1.0), [])]
+)
+def test_a_useless_sublayer_goes_as_a_whole_and_stays_away(words, monkeypatch, size, gone):
+    model = tiny_model("llama")
+    units = structure.units(model, "channels")
+
+    def planted(self, keep_U, step):
+        kept = [float(keep_U[units.of(layer, "channels")].double().mean()) for layer in range(4)]
+        return sum(a * math.exp(-4 * f) for a, f in zip(size, kept, strict=True))
+
+    monkeypatch.setattr(Search, "loss", planted)
+    # Later levels and their noise may not bring it back.
+    method = PolicyGradient(
+        sparsity=0.25,
+        granularity="sublayers+channels",
+        keep_best=False,
+        lr=0.01,
+        channel_group=4,
+        **QUICK | {"steps": 4},
+    )
+    record = method.compress(model, words, TEXT)
+    assert record["history"][0]["dropped"] == len(gone)
+    assert [i for i, size in enumerate(structure.sizes(model)) if not size.intermediate_size] == gone
+    assert 0 <= record["removed_of_layers"] - 0.25 < 0.01
+
+
+@pytest.mark.parametrize("granularity", ["layers+heads+channels", "sublayers+heads+channels"])
+@pytest.mark.parametrize("budget", ["global", "family"])
+def test_mixtures_share_one_budget(words, granularity, budget):
+    model = tiny_model("qwen3")
+    method = PolicyGradient(sparsity=0.5, granularity=granularity, budget=budget, compensate="none", **QUICK)
+    record = method.compress(model, words, TEXT)
+    assert 0 <= record["removed_of_layers"] - 0.5 < 0.05
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
 def test_family_budget_cuts_both_kinds_alike(words):

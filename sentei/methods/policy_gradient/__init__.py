@@ -8,8 +8,9 @@ moves along a REINFORCE estimate under the parameter budget sum_i w_i s_i <= R. 
 1. Score the units once; that is the start                                              `_initial_metric`, `sigmap`
 2. Coarse levels (ours): each layer and kind has one keep-fraction, the order inside a
    layer is the initial one
-   a. slopes of the loss in one fraction after the other, sharing the layers below it   `levels.Slopes`
-   b. antithetic Gaussian steps on all fractions at once                                `levels.Widths`
+   a. sub-layers or blocks that go as a whole, when asked for                           `levels.Drops`
+   b. slopes of the loss in one fraction after the other, sharing the layers below it   `levels.Slopes`
+   c. antithetic Gaussian steps on all fractions at once                                `levels.Widths`
 3. Fine level (the paper's): in each step, K masks m ~ Bernoulli(s) on one batch        `levels.Bits`
    a. losses L_k of the masked model, baseline d = moving average of their mean
    b. phi = (m - s) / sqrt(s (1 - s)),  g = sum_k (L_k - d) phi_k / (K - 1)             `estimate`
@@ -53,6 +54,11 @@ class PolicyGradient(Structural):
     paper: ClassVar[str] = "arXiv 2406.10576"
 
     preset: str = option("ours", "ours, or paper: the authors' settings (any field that is given still wins)")
+    granularity: str = option(
+        "heads+channels",
+        "heads+channels, heads, channels, sublayers or layers; with sublayers+ or layers+ before one of the first "
+        "three, whole ones may go as well, inside the same budget",
+    )
     compensate: str = option(
         "auto",
         "none, mean or least-squares; auto: mean for heads and channels; unless none, the search fills in the means",
@@ -124,8 +130,23 @@ class PolicyGradient(Structural):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.whole != (self.resolved_init == "block_influence") and self.init != "random":
             raise ValueError(f"init={self.init} does not score {self.granularity}; block_influence scores whole blocks")
+        if self.whole_units is not None and (self.whole or self.shape == "uniform"):
+            raise ValueError(
+                f"granularity={self.granularity}: {self.whole_units}+ goes before heads and channels, and "
+                f"layers then differ in width; got shape={self.shape}"
+            )
         if self.whole and not self.steps:
             raise ValueError(f"{self.granularity} have no widths to search over: give steps, for example 200")
+
+    @property
+    def whole_units(self) -> str | None:
+        """ "layers" or "sublayers" where they may go as a whole beside heads and channels."""
+        first, _, finer = self.granularity.partition("+")
+        return first if first in ("layers", "sublayers") and finer else None
+
+    @property
+    def resolved_granularity(self) -> str:
+        return self.granularity.removeprefix(f"{self.whole_units}+")
 
     @property
     def resolved_init(self) -> str:

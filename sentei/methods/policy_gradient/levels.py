@@ -1,6 +1,7 @@
 """The levels of the search, from coarse to fine: what is searched over, how it is sampled, how losses move it.
 
-`Slopes` and `Widths` search one keep-fraction per layer and kind (`Allocation`), `Bits` one probability per unit.
+`Drops` decides what goes as a whole, `Slopes` and `Widths` search one keep-fraction per layer and kind (`Allocation`),
+`Bits` one probability per unit.
 
 Shape legend: U units, K samples, P pairs of (layer, kind).
 """
@@ -8,7 +9,6 @@ Shape legend: U units, K samples, P pairs of (layer, kind).
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -57,6 +57,7 @@ class Allocation:
             order = of[search.metric_U[of].argsort(descending=True, stable=True)]
             self.rank_U[order] = (torch.arange(len(of), dtype=torch.double) + 0.5) / len(of)
         self.share = 1 - search.remove / units.total
+        self.alive_P = torch.ones(len(self.pairs), dtype=torch.bool)  # what is dropped as a whole stays at 0
         self.fraction_P = self._start()
 
     def _start(self) -> Tensor:
@@ -73,20 +74,23 @@ class Allocation:
 
     def within_budget(self, fraction_P: Tensor) -> Tensor:
         """The nearest fractions that spend the budget exactly: raised beyond it, then projected back."""
-        out_P = fraction_P.clone()
-        for inside in self._groups():
+        out_P = torch.where(self.alive_P, fraction_P, 0.0)
+        for group in self.budgets():
+            inside = group & self.alive_P
+            if not inside.any():
+                continue
             w = self.weight_P[inside]
             raised = fraction_P[inside] + 2 * w / w.min()
-            out_P[inside] = project(raised, w, self.share * float(w.sum()))
+            out_P[inside] = project(raised, w, self.share * float(self.weight_P[group].sum()))
         return out_P
 
     def shifted(self, fraction_P: Tensor, free_P: Tensor) -> Tensor:
         """Free fractions moved up or down by the same amount, and clipped, until all together spend the budget."""
-        out_P = fraction_P.clone()
-        for inside in self._groups():
-            budget = self.share * float(self.weight_P[inside].sum())
-            budget -= float((self.weight_P * fraction_P)[inside & ~free_P].sum())
-            inside = inside & free_P
+        out_P = torch.where(self.alive_P, fraction_P, 0.0)
+        for group in self.budgets():
+            budget = self.share * float(self.weight_P[group].sum())
+            budget -= float((self.weight_P * out_P)[group & ~free_P].sum())
+            inside = group & free_P & self.alive_P
             if not inside.any():
                 continue
             w, f = self.weight_P[inside], fraction_P[inside]
@@ -98,7 +102,8 @@ class Allocation:
             out_P[inside] = (f + low).clamp(0, 1)
         return out_P
 
-    def _groups(self) -> list[Tensor]:
+    def budgets(self) -> list[Tensor]:
+        """[P] bool for each budget: which fractions share it."""
         if self.method.budget == "family":
             return [self.kind_P == kind for kind in self.kind_P.unique()]
         return [torch.ones_like(self.kind_P, dtype=torch.bool)]
@@ -106,13 +111,96 @@ class Allocation:
     def keep(self, fraction_P: Tensor) -> Tensor:
         """[U] bool: the mask of these fractions, exactly to the budget."""
         score_U = -self.rank_U
-        for of, fraction in zip(self.pairs, fraction_P.tolist(), strict=True):
-            score_U[of] += fraction
+        for of, fraction, alive in zip(self.pairs, fraction_P.tolist(), self.alive_P.tolist(), strict=True):
+            score_U[of] += fraction if alive else -2.0
         scope = "global" if self.method.budget == "global" else "family"
         return self.method.select(score_U, self.search.units, scope)
 
     def hard(self) -> Tensor:
         return self.keep(self.fraction_P)
+
+
+class Drops:
+    """Which sub-layers or blocks go as a whole, inside the same budget as heads and channels.
+
+    Each is dropped alone from the dense model, everything below it run only once: a sweep over all of them costs about
+    half as many forwards. In the order of what their loss is per parameter, masks without the first 1, 2, 4, ... of
+    them, where the others share what the budget leaves, are judged on text that the sweep has not seen; so is the mask
+    that drops none.
+    """
+
+    evaluate_always = True
+
+    def __init__(self, search: Search, allocation: Allocation):
+        self.search, self.allocation = search, allocation
+        self.steps = int(search.method.whole_units is not None)
+        number_P = allocation.layer_P if search.method.whole_units == "layers" else torch.arange(len(allocation.pairs))
+        self.groups = [number_P == number for number in number_P.unique()]
+        self.counts = [0, *(2**i for i in range(len(self.groups)) if 2**i < len(self.groups))]
+        layers = search.units.num_layers
+        below = [int(allocation.layer_P[group].min()) for group in self.groups]
+        self.forwards = 1 + sum(layers - layer for layer in below) / layers + len(self.counts)
+        self.order: list[int] = []
+
+    def measure(self, step: int, turn: int) -> list[float]:
+        search, allocation = self.search, self.allocation
+        dense_U = torch.ones(len(search.units), dtype=torch.bool)
+        losses: list[float] = []
+        inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(dense_U, turn)))
+        for number, group in enumerate(self.groups):
+            without_U = dense_U.clone()
+            for pair in group.nonzero().flatten().tolist():
+                without_U[allocation.pairs[pair]] = False
+            with search.from_layer(int(allocation.layer_P[group].min()), inputs):
+                losses.append(search.loss(without_U, turn))
+            search.run.tick("searching: whole units", number, len(self.groups))
+        rise = torch.tensor([loss - losses[0] for loss in losses[1:]], dtype=torch.double)
+        rise /= torch.tensor([float(allocation.weight_P[group].sum()) for group in self.groups])
+        self.order = search.mean(torch.where(torch.isfinite(rise), rise, math.inf)).argsort(stable=True).tolist()
+        return losses + [self._judged(count, -1 - turn) for count in self.counts]
+
+    def _judged(self, count: int, turn: int) -> float:
+        before_P = self.allocation.alive_P.clone()
+        alive_P = self._alive(count)
+        if not self._affordable(alive_P):
+            return math.inf
+        self.allocation.alive_P.copy_(alive_P)
+        try:
+            return self.search.loss(self.allocation.keep(self._shared_out()), turn)
+        finally:
+            self.allocation.alive_P.copy_(before_P)
+
+    def _alive(self, count: int) -> Tensor:
+        alive_P = torch.ones_like(self.allocation.alive_P)
+        for group in self.order[:count]:
+            alive_P &= ~self.groups[group]
+        return alive_P
+
+    def _affordable(self, alive_P: Tensor) -> bool:
+        """No more is dropped than the budget asks for."""
+        allocation = self.allocation
+        return all(
+            float(allocation.weight_P[group & ~alive_P].sum())
+            <= (1 - allocation.share) * float(allocation.weight_P[group].sum())
+            for group in allocation.budgets()
+        )
+
+    def _shared_out(self) -> Tensor:
+        return self.allocation.shifted(self.allocation.fraction_P, self.allocation.alive_P)
+
+    def update(self, losses: list[float], step: int) -> dict[str, float]:
+        tried = torch.tensor(losses[1 + len(self.groups) :], dtype=torch.double)
+        tried = self.search.mean(torch.where(torch.isfinite(tried), tried, 1e9))
+        best = int(tried.argmin())
+        self.allocation.alive_P.copy_(self._alive(self.counts[best]))
+        self.allocation.fraction_P.copy_(self._shared_out())
+        return {"dropped": self.counts[best], "gain": float(tried[0] - tried[best])}
+
+    def hard(self) -> Tensor:
+        return self.allocation.hard()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"alive": self.allocation.alive_P, "fraction": self.allocation.fraction_P}
 
 
 class Slopes:
@@ -146,18 +234,14 @@ class Slopes:
         search, allocation = self.search, self.allocation
         keep_U = self.hard()
         losses: list[float] = []
-        # A reward may run the model as often as it likes; the language-model loss runs it once, on this batch.
         inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(keep_U, turn)))
-        once = search.reward is None and len(inputs) == search.units.num_layers
         count = len(allocation.pairs)
         for pair, of in enumerate(allocation.pairs):
             less_U = keep_U.clone()
             kept = of[keep_U[of]]
             worst_first = kept[allocation.rank_U[kept].argsort(descending=True)]
             less_U[worst_first[: round(float(self.delta_P[pair]) * len(of))]] = False
-            layer = int(allocation.layer_P[pair])
-            shared = masks.starting_at(search.run.model, layer, inputs[layer]) if once else nullcontext()
-            with shared:
+            with search.from_layer(int(allocation.layer_P[pair]), inputs):
                 losses.append(search.loss(less_U, turn))
             search.run.tick("searching: slopes", step * count + pair, self.steps * count)
         self._propose(losses)
@@ -255,8 +339,9 @@ class Bits:
 
     evaluate_always = False
 
-    def __init__(self, search: Search):
+    def __init__(self, search: Search, allocation: Allocation | None):
         self.search, self.method, units = search, search.method, search.units
+        self.allocation = allocation
         self.steps, self.forwards = self.method.steps, float(self.method.samples)
         self.bit_U = torch.zeros(len(units), dtype=torch.long)  # which bit a unit follows
         count = 0
@@ -289,19 +374,30 @@ class Bits:
         key = self.layer * len(structure.KINDS) + self.kind
         return [key == value for value in key.unique()]
 
-    def start_from(self, allocation: Allocation) -> None:
-        """Every layer's probabilities get the mean that the coarse level found for it."""
-        for group, fraction in zip(self._groups(), self._fractions(allocation), strict=True):
-            metric = -allocation.rank_U[self.first][group]
+    def start_from_allocation(self) -> None:
+        """Every layer's probabilities get the mean that the coarse levels found for it."""
+        assert self.allocation is not None
+        fractions = self._per_group(self.allocation.fraction_P).tolist()
+        for group, fraction in zip(self._groups(), fractions, strict=True):
+            metric = -self.allocation.rank_U[self.first][group]
             self.s[group] = sigmap(metric, fraction)
         self.s.copy_(self._within_budget(self.s))
 
-    def _fractions(self, allocation: Allocation) -> list[float]:
-        key_P = allocation.layer_P * len(structure.KINDS) + allocation.kind_P
-        return allocation.fraction_P[key_P.argsort()].tolist()
+    def _per_group(self, x_P: Tensor) -> Tensor:
+        assert self.allocation is not None
+        return x_P[(self.allocation.layer_P * len(structure.KINDS) + self.allocation.kind_P).argsort()]
+
+    def _dropped(self) -> Tensor:
+        """[bits] bool: what has gone as a whole and stays away."""
+        dropped = torch.zeros(len(self.first), dtype=torch.bool)
+        if self.allocation is not None and not self.allocation.alive_P.all():
+            for group, alive in zip(self._groups(), self._per_group(self.allocation.alive_P).tolist(), strict=True):
+                dropped[group] = not alive
+        return dropped
 
     def _within_budget(self, z: Tensor) -> Tensor:
         share = 1 - self.search.remove / self.search.units.total
+        z = torch.where(self._dropped(), -1e6, z)  # to 0, whatever is shared out
         if self.method.budget == "global":
             return project(z, self.weight, share * float(self.weight.sum()))
         out = z.clone()
@@ -355,7 +451,8 @@ class Bits:
 
     def hard(self) -> Tensor:
         scope = "global" if self.method.budget == "global" else "family"
-        return self.method.select(self.s[self.bit_U], self.search.units, scope, tie_break_U=self.search.metric_U)
+        score = self.s - 2.0 * self._dropped()
+        return self.method.select(score[self.bit_U], self.search.units, scope, tie_break_U=self.search.metric_U)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"s": self.s, "baseline": self.baseline, "spread": self.spread}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sentei import importance, masks
 from sentei.methods import settings
-from sentei.methods.policy_gradient.levels import Allocation, Bits, Level, Slopes, Widths
+from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops, Level, Slopes, Widths
 from sentei.methods.policy_gradient.reward import Batch, Reward, examples
 from sentei.methods.structural import Run
 from sentei.train import mix, processes
@@ -83,8 +84,8 @@ class Search:
         allocation = None
         if not method.whole and method.shape != "uniform":  # else all layers are alike: nothing to allocate
             allocation = Allocation(self)
-            levels += [Slopes(self, allocation), Widths(self, allocation)]
-        bits = Bits(self)
+            levels += [Drops(self, allocation), Slopes(self, allocation), Widths(self, allocation)]
+        bits = Bits(self, allocation)
         levels = [level for level in (*levels, bits) if level.steps]
         if not levels:
             return bits.hard()
@@ -96,7 +97,7 @@ class Search:
                 break
             level = levels[number]
             if number and level is bits and not self.numbers["step"] and allocation is not None:
-                bits.start_from(allocation)
+                bits.start_from_allocation()
             self._climb(level, levels, sum(before.steps for before in levels[:number]))
             self.numbers |= {"level": number + 1, "step": 0}
         return self.best["keep"] if method.keep_best or method.finish else levels[-1].hard()
@@ -141,6 +142,15 @@ class Search:
             return self._reward_loss(keep_U, self._of_step(self.rows or self.batches, step))
         with masks.sliced(self.run.model, self.units, keep_U, self.fill):
             return float(self.run.loss(self.run.model, self.batch(step), step))
+
+    def from_layer(self, layer: int, inputs: list[Tensor]) -> AbstractContextManager[None]:
+        """Forwards inside start at a layer, if `inputs` (`masks.layer_inputs`) can stand for the ones below.
+
+        A reward may run the model as often as it likes; the language-model loss runs it once, on its batch.
+        """
+        if self.reward is None and len(inputs) == self.units.num_layers:
+            return masks.starting_at(self.run.model, layer, inputs[layer])
+        return nullcontext()
 
     def batch(self, step: int) -> Tensor:
         """[B, T] this process's text of a step."""
