@@ -346,7 +346,7 @@ class _Subject:
         return _mean([self._generate_once() for _ in range(self.repeats["generate"])])
 
     def _check_room(self, path: str, tokens: int) -> None:
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        room = structure.positions(self.model)
         if room is not None and tokens > room:
             raise ValueError(f"{path} has room for {room} positions, {tokens} are asked; lower prompt_tokens")
 

@@ -231,6 +231,14 @@ def layer_parameters(model: nn.Module) -> int:
     return _count(layers(model))
 
 
+def positions(model: Any) -> int | None:
+    """The longest input in tokens, where the configuration says one."""
+    found = getattr(model.config, "max_position_embeddings", None)
+    if found is not None and "roberta" in model.config.model_type:
+        found -= model.config.pad_token_id + 1  # RoBERTa counts its positions from behind the padding token's
+    return found
+
+
 def total_parameters(model: nn.Module) -> int:
     """Parameters of the whole model, a tied tensor once."""
     return _count(model)

@@ -20,7 +20,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from sentei import data, evaluate
+from sentei import data, evaluate, structure
 from sentei.evaluate import loss as evaluate_loss
 
 VOCABULARY = 64
@@ -265,6 +265,7 @@ def test_roberta_has_fewer_positions_than_its_table():
     assert evaluate.masked_lm(model, tokenizer, random_ids(1, 20))["tokens"] == 3
     with pytest.raises(ValueError, match="positions for 20 at most"):
         evaluate.masked_lm(model, tokenizer, random_ids(1, 21))
+    assert structure.positions(model) == 20
 
 
 # --- lm-eval tasks

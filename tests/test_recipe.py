@@ -74,6 +74,16 @@ def test_refused_before_anything_is_written(parent, changes, message):
     assert not (parent.parent / "run").exists()
 
 
+def test_the_text_of_a_later_stage_is_read_before_anything_is_written(parent):
+    rows = parent.parent / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{i} alpha beta gamma"}) + "\n" for i in range(200)))
+    whole = content(parent, data=str(rows))
+    whole["stages"][1]["text_field"] = "body"  # the same file, another column
+    with pytest.raises(ValueError, match="body"):
+        recipe.run(recipe.load(write(parent.parent, **whole)))
+    assert not (parent.parent / "run").exists()
+
+
 def test_missing_keys_and_files(tmp_path):
     with pytest.raises(ValueError, match="needs model, out, stages"):
         recipe.load(write(tmp_path, data="python-docs"))

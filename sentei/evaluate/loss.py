@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sentei import data
+from sentei import data, structure
 from sentei.train import evaluating
 
 UNSCORED = -100
@@ -184,9 +184,7 @@ def _bos(tokenizer: Any, add_bos: bool | None, prefix: list[int]) -> list[int]:
 
 
 def _check_context(model: Any, context: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and "roberta" in model.config.model_type:
-        positions -= model.config.pad_token_id + 1  # RoBERTa counts its positions from behind the padding token's
+    positions = structure.positions(model)
     if positions is not None and context > positions:
         raise ValueError(f"the context is {context} tokens; the model has positions for {positions} at most")
 

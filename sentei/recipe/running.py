@@ -235,7 +235,7 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         # The folder of the stage before, and an unpacked parent, need not be there yet: the model stands in for them.
         trust, there = recipe.trust_remote_code, model if teacher in (start, *places.values()) else teacher
         job = Job.check(model, stage["method"], fields, out, force=True, teacher=there, trust_remote_code=trust)
-        asked = [job.method.reads, arguments["data"]]
+        asked = [job.method.reads, arguments["data"], text_field]
         if asked not in readable:  # unreadable data is told before anything is written
             load_data(job.method, arguments["data"], text_field)
             readable.append(asked)

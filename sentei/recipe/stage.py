@@ -120,7 +120,9 @@ def shadow(job: Job, model: Any, units: Any) -> tuple[Any, Any]:
 
 def check_positions(model: Any, method: Any) -> None:
     """A model with learned positions cannot run past their end, and one with rotary ones should not."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    from sentei import structure
+
+    positions = structure.positions(model)
     for name, value in dataclasses.asdict(method).items():
         if name.endswith("seq_len") and positions is not None and value > positions:
             raise ValueError(f"{name} is {value}; the model has positions for {positions} tokens at most")
