@@ -1,5 +1,6 @@
 """A search that is killed, spread over processes, finished early, or led by a function of the user's."""
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -33,7 +34,13 @@ METHOD = PolicyGradient(sparsity=0.3, **QUICK)
 
 def one_search(folder, model=None):
     workdir = None if folder is None else Path(folder)
-    return METHOD.compress(model or tiny_model("llama"), word_tokenizer(), TEXT, workdir=workdir)
+    method = METHOD if folder is None else dataclasses.replace(METHOD, log=f"{folder}.jsonl")
+    return method.compress(model or tiny_model("llama"), word_tokenizer(), TEXT, workdir=workdir)
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in Path(f"{folder}.jsonl").read_text().splitlines()]
+    return [line | {"seconds": 0} for line in lines]
 
 
 def in_its_own_process(folder, result):
@@ -75,6 +82,8 @@ def test_kill_minus_nine_at_twenty_moments(tmp_path):
         result = tmp_path / f"resumed{number}.json"
         run(tmp_path / str(number), result)
         assert json.loads(result.read_text()) == whole
+        assert logged(tmp_path / str(number)) == logged(tmp_path / "whole")
+    assert [line["step"] for line in logged(tmp_path / "whole")] == list(range(1, 10))
 
 
 def test_two_processes_equal_the_same_masks_in_one(tmp_path, monkeypatch):

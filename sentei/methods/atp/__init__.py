@@ -120,7 +120,7 @@ class ATP:
     precision: str = option("auto", "fp32, bf16 (base in bf16, LoRA in fp32), or auto: bf16 where the device has it")
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
     save_every: int = option(50, "optimiser steps between checkpoints of the run")
-    log: str | None = option(None, "a file for one JSON line per step")
+    log: str | None = option(None, "a file for one JSON line per step", transient=True)
     seed: int = option(0, "first values, noise, slice and order of rows")
 
     # --- what the house asks of a structural method ---------------------------------------------------------------

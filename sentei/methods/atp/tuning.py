@@ -5,13 +5,12 @@ Shape legend: U units, B rows, T tokens.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,11 @@ from sentei import structure
 from sentei.data import prompts
 from sentei.distill import Distillation, held_out
 from sentei.methods import Progress
+from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import selection
 from sentei.methods.atp.wiring import Adapters, MaskBook
+from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
 from sentei.train import (
     IGNORE,
@@ -123,7 +124,8 @@ class Tuning:
             "peak_lasso": 0.0,
         }
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._loaded, self._cut_log = True, False
+        self._loaded = True
+        self.log = StepLog(method.log if self.processes.is_main_process else None)
         # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
         self._live = method.zeroing == "beta" and self.control_steps > 0
 
@@ -133,7 +135,7 @@ class Tuning:
         """Both phases; leaves the tuned adapters, zero in dropped rows, and the mask in `state["keep"]`."""
         folder, method = self.workdir, self.method
         resuming = folder is not None and (folder / "train.pt").exists()
-        self._loaded, self._cut_log = not resuming, resuming
+        self._loaded = not resuming
         settings = Settings(
             lr=method.lr,
             steps=self.data.steps,
@@ -161,7 +163,7 @@ class Tuning:
                 settings,
                 folder=folder,
                 state=self.state,
-                fingerprint=repr((asdict(method) | {"log": None, "save_every": 0}, self.data.fingerprint)),
+                fingerprint=repr((settings_of(method) | {"save_every": 0}, self.data.fingerprint)),
             )
             try:
                 with closing(steps):
@@ -204,9 +206,6 @@ class Tuning:
     def _after(self, step: Step) -> bool:
         """What comes between two LoRA steps; True when it is time to stop."""
         state, stop = self.state, False
-        if self._cut_log:
-            self._cut_log = False
-            self._forget_lines(step.step)
         entry: dict[str, Any] = {"step": step.step, "phase": state["phase"], "ce": step.losses["ce"]}
         if state["phase"] == "control":
             entry |= state["last"] | {"lasso": self.adapters.level(self._mask())}
@@ -227,7 +226,7 @@ class Tuning:
         every = math.ceil(self.data.steps / MOST_HISTORY)
         if step.step % every == 0 or stop or step.step == self.data.steps or "validation_ce" in entry:
             state["history"].append(entry)
-        self._log(entry)
+        self.log.write(entry)
         if self.report is not None:
             self.report(self._progress(step, entry))
         return stop
@@ -562,22 +561,3 @@ class Tuning:
         tokens = step.tokens + self.state["slice_tokens"]
         words.append(f"{tokens / max(step.seconds, 1e-9):,.0f} tokens/s")
         return {"step": step.step, "of": self.data.steps, "message": ", ".join(words)} | step.losses
-
-    def _log(self, entry: dict[str, Any]) -> None:
-        if self.method.log is None or not self.processes.is_main_process:
-            return
-        path = Path(self.method.log)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w" if entry["step"] == 1 else "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _forget_lines(self, step: int) -> None:
-        """Forget the lines of steps that a resumed run makes again."""
-        if self.method.log is None or not self.processes.is_main_process or not Path(self.method.log).exists():
-            return
-        path = Path(self.method.log)
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if json.loads(line)["step"] < step]
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        part.replace(path)

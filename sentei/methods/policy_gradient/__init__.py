@@ -98,6 +98,7 @@ class PolicyGradient(Structural):
     eval_samples: int = option(16, "held-out blocks of those evaluations")
     save_every: int = option(10, "steps between saves of the state, when there is a work folder")
     keep_best: bool = option(True, "return the best hard mask evaluated, the start included, instead of the last")
+    log: str | None = option(None, "a file for one JSON line per step", transient=True)
     finish: bool = option(
         False, "do not search on: cut the best mask that an interrupted search has saved", transient=True
     )

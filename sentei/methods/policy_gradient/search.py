@@ -23,6 +23,7 @@ from sentei.methods import settings
 from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops, Level, Slopes, Widths
 from sentei.methods.policy_gradient.reward import Batch, Reward, examples
 from sentei.methods.structural import Run
+from sentei.step_log import StepLog
 from sentei.train import mix, processes
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Search:
         if method.resolved_compensate != "none":
             self.fill = {key: self._shared(fill_W) for key, fill_W in run.fill.items()}
         self.history: list[dict[str, Any]] = []
+        self.log = StepLog(None if self.rank else method.log)
         self.numbers: dict[str, Any] = {"level": 0, "step": 0, "forwards": 0, "skipped": 0, "ties": 0}
         self.best: dict[str, Tensor] = {"keep": torch.ones(len(self.units), dtype=torch.bool)}
 
@@ -129,6 +131,7 @@ class Search:
                 record["held_loss"] = held_loss if math.isfinite(held_loss) else None
             record["seconds"] = time.monotonic() - began
             self.history.append(record)
+            self.log.write(record)
             if last or (step + 1) % method.save_every == 0:
                 self._save(levels)
             message = f"loss {finite[0]:.3f}, best held-out {numbers['best_loss']:.3f}" if finite else "loss not finite"
