@@ -124,8 +124,8 @@ class Drops:
     """Which sub-layers or blocks go as a whole, inside the same budget as heads and channels.
 
     Each is dropped alone from the dense model, everything below it run only once: a sweep over all of them costs about
-    half as many forwards. In the order of what their loss is per parameter, masks without the first 1, 2, 4, ... of
-    them, where the others share what the budget leaves, are judged on text that the sweep has not seen; so is the mask
+    half as many forwards. In the order of what their loss is per parameter, masks without the first 1, 2, 3, 4, 6,
+    8, ... of them, where the others share what the budget leaves, are judged on text that the sweep has not seen; so is the mask
     that drops none.
     """
 
@@ -136,7 +136,8 @@ class Drops:
         self.steps = int(search.method.whole_units is not None)
         number_P = allocation.layer_P if search.method.whole_units == "layers" else torch.arange(len(allocation.pairs))
         self.groups = [number_P == number for number in number_P.unique()]
-        self.counts = [0, *(2**i for i in range(len(self.groups)) if 2**i < len(self.groups))]
+        counts = {0, *(2**i for i in range(16)), *(3 * 2**i for i in range(16))}
+        self.counts = sorted(count for count in counts if count < len(self.groups))
         layers = search.units.num_layers
         below = [int(allocation.layer_P[group].min()) for group in self.groups]
         self.forwards = 1 + sum(layers - layer for layer in below) / layers + len(self.counts)
