@@ -124,9 +124,9 @@ class Drops:
     """Which sub-layers or blocks go as a whole, inside the same budget as heads and channels.
 
     Each is dropped alone from the dense model, everything below it run only once: a sweep over all of them costs about
-    half as many forwards. In the order of what their loss is per parameter, masks without the first 1, 2, 3, 4, 6,
-    8, ... of them, where the others share what the budget leaves, are judged on text that the sweep has not seen; so is the mask
-    that drops none.
+    half as many forwards. In the order of what their loss is per parameter, masks without the first 1, 2, 3, 4, 6, 8,
+    ... of them, where the others share what the budget leaves, are judged on text that the sweep has not seen; so is
+    the mask that drops none.
     """
 
     evaluate_always = True
