@@ -127,7 +127,9 @@ class Moments:
 
 
 @torch.no_grad()
-def moments(model: nn.Module, blocks_NT: Tensor, kinds: tuple[str, ...], batch_size: int = 8) -> dict[Any, Moments]:
+def moments(
+    model: nn.Module, blocks_NT: Tensor, kinds: tuple[str, ...], batch_size: int = 8, tick: Tick = _no_tick
+) -> dict[Any, Moments]:
     """(layer, kind) -> moments of the reading linears' inputs, from one pass over the text."""
     row = structure.family(model)
     found: dict[Any, Moments] = {}
@@ -137,7 +139,9 @@ def moments(model: nn.Module, blocks_NT: Tensor, kinds: tuple[str, ...], batch_s
             found |= {(number, kind): seen for kind, seen in see.items()}
             stack.enter_context(watching(layer, row, see))  # pyright: ignore[reportArgumentType]
         base, device = structure.base_model(model), next(model.parameters()).device
-        for ids_BT in blocks_NT.split(batch_size):
+        batches = blocks_NT.split(batch_size)
+        for number, ids_BT in enumerate(batches):
+            tick("calibrating", number, len(batches))
             base(input_ids=ids_BT.to(device))
     return found
 
@@ -229,10 +233,10 @@ def wanda(
 
 
 @torch.no_grad()
-def flap(model: nn.Module, units: Units, blocks_NT: Tensor) -> Tensor:
+def flap(model: nn.Module, units: Units, blocks_NT: Tensor, *, tick: Tick = _no_tick) -> Tensor:
     """FLAP's fluctuation metric: variance of x_j times |W[:, j]|^2, z-scored inside each layer and kind."""
     row = structure.family(model)
-    seen = moments(model, blocks_NT, units.granularity)
+    seen = moments(model, blocks_NT, units.granularity, tick=tick)
 
     def score(layer: nn.Module, number: int, kind: str, size: LayerSize) -> Tensor:
         linear = structure.reader(layer, row, kind)
@@ -300,7 +304,9 @@ def taylor(
 
 
 @torch.no_grad()
-def block_influence(model: nn.Module, units: Units, blocks_NT: Tensor, batch_size: int = 8) -> Tensor:
+def block_influence(
+    model: nn.Module, units: Units, blocks_NT: Tensor, batch_size: int = 8, *, tick: Tick = _no_tick
+) -> Tensor:
     """1 - mean cosine between the residual stream before and after a block or sub-layer.
 
     Measured at the blocks themselves: the model's own last hidden state has already passed the final norm.
@@ -330,7 +336,9 @@ def block_influence(model: nn.Module, units: Units, blocks_NT: Tensor, batch_siz
             stack.callback(layer.get_submodule(middle_path).register_forward_pre_hook(middle).remove)
             stack.callback(layer.register_forward_hook(after).remove)
         base, device = structure.base_model(model), next(model.parameters()).device
-        for ids_BT in blocks_NT.split(batch_size):
+        batches = blocks_NT.split(batch_size)
+        for number, ids_BT in enumerate(batches):
+            tick("calibrating", number, len(batches))
             base(input_ids=ids_BT.to(device))
             count += ids_BT.numel()
     return 1 - sums[units.layer_U, units.index_U] / count
@@ -339,9 +347,10 @@ def block_influence(model: nn.Module, units: Units, blocks_NT: Tensor, batch_siz
 # --- compensation ------------------------------------------------------------------------------------------------
 
 
-def mean_fill(model: nn.Module, units: Units, blocks_NT: Tensor) -> masks.Fill:
+def mean_fill(model: nn.Module, units: Units, blocks_NT: Tensor, *, tick: Tick = _no_tick) -> masks.Fill:
     """(layer, kind) -> mean activation of each input column, measured on the dense model: for masked forwards."""
-    return {key: seen.mean_W.float() for key, seen in moments(model, blocks_NT, units.granularity).items()}
+    found = moments(model, blocks_NT, units.granularity, tick=tick)
+    return {key: seen.mean_W.float() for key, seen in found.items()}
 
 
 @torch.no_grad()
@@ -405,16 +414,10 @@ def refit(
     Returns:
         (layer, kind) -> [H] bias to add when the units are removed.
     Raises:
-        ValueError: fewer tokens than twice the widest reading linear: the fit would be noise.
+        ValueError: see `check_refit_tokens`.
     """
     row = structure.family(model)
-    widths = [(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
-    widest = max(max(channels if "channels" in units.granularity else 0, heads) for channels, heads in widths)
-    if blocks_NT.numel() < 2 * widest:
-        raise ValueError(
-            f"least-squares needs at least {2 * widest:,} calibration tokens for linears of width {widest}; "
-            f"got {blocks_NT.numel():,}: give more text or use compensate=mean"
-        )
+    check_refit_tokens(model, units, blocks_NT.numel())
     replay = Replay(model, blocks_NT, batch_size)
     bias: dict[tuple[int, str], Tensor] = {}
     for number, layer in enumerate(replay.layers):
@@ -439,6 +442,17 @@ def refit(
                     stack.callback(linear.register_forward_hook(add).remove)
             replay.advance(number)
     return bias
+
+
+def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
+    """Raises ValueError for fewer tokens than twice the widest reading linear: the refit would fit noise."""
+    widths = [(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
+    widest = max(max(channels if "channels" in units.granularity else 0, heads) for channels, heads in widths)
+    if tokens < 2 * widest:
+        raise ValueError(
+            f"least-squares needs at least {2 * widest:,} calibration tokens for linears of width {widest}; "
+            f"got {tokens:,}: raise calibration_samples, give more text or use compensate=mean"
+        )
 
 
 def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_bias: bool) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import DECODERS, ENCODERS, tiny_model
 
-from sentei import importance, masks, structure
+from sentei import data, importance, masks, structure
 from sentei.distill import Distillation
+from sentei.methods.one_shot import OneShot
 from sentei.train import causal_batch
 
 
@@ -152,3 +153,9 @@ def test_refit_needs_enough_tokens():
     units = structure.units(model)
     with pytest.raises(ValueError, match="at least 96 calibration tokens"):
         importance.refit(model, units, random_keep(units), blocks(2))
+
+
+def test_too_few_tokens_for_the_refit_are_refused_before_the_search():
+    method = OneShot(compensate="least-squares", calibration_samples=2, calibration_seq_len=16)
+    with pytest.raises(ValueError, match="raise calibration_samples"):
+        method.start(tiny_model("llama"), None, data.Text([], [], [], "none", ""))

@@ -91,9 +91,9 @@ class OneShot(Structural):
             fraction = masks.removal_target(units, self.sparsity) / units.total
             return importance.wanda(model, units, blocks_NT, fraction, sequential=self.sequential, tick=tick)
         if self.criterion == "flap":
-            return importance.flap(model, units, blocks_NT)
+            return importance.flap(model, units, blocks_NT, tick=tick)
         if self.criterion == "taylor":
             score_U = importance.taylor(model, units, blocks_NT, run.loss, tick=tick)
             # A global choice buys parameters with importance, so what counts is importance per parameter.
             return score_U / units.cost_U if self.resolved_scope == "global" else score_U
-        return importance.block_influence(model, units, blocks_NT)
+        return importance.block_influence(model, units, blocks_NT, tick=tick)

@@ -43,7 +43,7 @@ class Run:
     @cached_property
     def fill(self) -> masks.Fill:
         """Mean activations of the dense model on the calibration text: for a search and for the cut after it."""
-        return importance.mean_fill(self.model, self.units, self.calibration)
+        return importance.mean_fill(self.model, self.units, self.calibration, tick=self.tick)
 
     def blocks(self, num: int | None, seq_len: int, part: str = "train") -> Tensor:
         documents = getattr(self.text, part)
@@ -181,6 +181,8 @@ class Structural:
         model.eval()
         units = self.units_of(model)
         masks.removal_target(units, self.sparsity)
+        if self.resolved_compensate == "least-squares":  # the refit comes after the search: say it before
+            importance.check_refit_tokens(model, units, self.calibration_samples * self.calibration_seq_len)
         return Run(model, tokenizer, units, text, self, workdir, report, time.monotonic())
 
     def select(self, score_U: Tensor, units: Units, scope: str, tie_break_U: Tensor | None = None) -> Tensor:
