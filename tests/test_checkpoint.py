@@ -480,6 +480,16 @@ def pickle_only(folder: Path):
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
 
 
+def tokenizer_code(folder: Path):
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | {
+        "tokenizer_class": "Theirs",
+        "auto_map": {"AutoTokenizer": ["t.Theirs", None]},
+    }
+    file.write_text(json.dumps(config))
+    (folder / "t.py").write_text("raise SystemExit('this code must never run')")
+
+
 def no_tokenizer(folder: Path):
     (folder / "tokenizer.json").unlink()
 
@@ -521,6 +531,8 @@ REFUSALS = {
         "quantised weights cannot be pruned",
     ),
     "no tokenizer": (no_tokenizer, "has no tokenizer"),
+    "a tokenizer's code": (tokenizer_code, "--trust-remote-code"),
+    "a size of the wrong kind": (spoil_config(hidden_size="many"), "hidden_size"),
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from sentei import remote, structure
 from sentei.checkpoint import sparse
@@ -134,8 +136,8 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     remote.register()
     where, options = _where(source)
-    if trust_remote_code and not _is_ours(source.config):
-        options["trust_remote_code"] = True
+    # Without a plain no transformers asks at the terminal, and a tokenizer may bring code of its own.
+    options["trust_remote_code"] = trust_remote_code and not _is_ours(source.config)
     auto_class = getattr(transformers, f"AutoModelFor{task}" if task else auto_class_name(source.config))
     more: dict[str, Any] = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -143,7 +145,7 @@ def load(
         else {"use_safetensors": True}
     )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = _tokenizer(where, options)
         head = _head_options(tokenizer, labels) if task else {}
         with torch.random.fork_rng(enabled=task is not None):
             if task:
@@ -156,7 +158,7 @@ def load(
                 model, report = auto_class.from_pretrained(
                     where, dtype=_dtype(dtype, source, device), output_loading_info=True, **more, **head, **options
                 )
-    except (OSError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"transformers could not load {path}: {_first_line(error)}") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if task:  # a head of another task, or of another number of labels, gives way to a new one
@@ -173,6 +175,18 @@ def load(
     if source.is_gguf and getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config  # the weights are plain tensors now
     return model.to(device).eval(), tokenizer
+
+
+def _tokenizer(where: Any, options: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(where, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the tokenizer of {where} brings its own Python code, which is not run without your consent: read it and "
+            "pass --trust-remote-code (trust_remote_code=True)"
+        ) from None
 
 
 def inspect(path: str | Path, *, trust_remote_code: bool = False) -> Source:

@@ -201,7 +201,7 @@ def _account(
     base, tied = structure.family(model), sum(parameter.numel() for parameter in saved.parameters())
     before = _read_json(source.path / "compression.json") if source.path.is_dir() else {}
     this = {
-        "path": str(parent),
+        "path": str(Path(parent).resolve()) if Path(parent).exists() else str(parent),  # a name is of the hub
         "sha256": source.sha256(),
         "parameters": source.parameters,
         "layer_parameters": source.layer_parameters,
@@ -288,11 +288,13 @@ def put_in_place(partial: Path, out: Path) -> None:
         partial.replace(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.replace(old)
     try:
+        out.replace(old)
         partial.replace(out)
     except BaseException:
-        old.replace(out)
+        if not out.exists():
+            old.replace(out)
+        shutil.rmtree(old, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
