@@ -5,7 +5,8 @@
 
 All methods calibrate on the same text. A row tries each compensation that fits and keeps the one with the lowest loss
 on held-out calibration text, never on the evaluation text. Rows are appended as they are made; a second run makes the
-missing ones.
+missing ones. With --masks DIR a search is kept there and not made again when its healed row is added later; the healed
+row takes the compensation that its unhealed row found best.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     if args.markdown:
         print(markdown(json.loads(out.read_text())))
         return
-    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    table: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": []}
     model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
     text = data.load(args.data)
     table |= {
@@ -66,7 +67,10 @@ def main() -> None:
         write(out, table)
         print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
 
-    made = {(row["method"], row["sparsity"], row["seed"], row["healed"]) for row in table["rows"]}
+    made: dict[Any, dict[str, Any]] = {
+        (row["method"], row["sparsity"], row["seed"], row["healed"]): row for row in table["rows"]
+    }
+    parent = remembering(model) if args.heal_steps else model
     if ("dense", 0.0, 0, False) not in made:
         put({"method": "dense", "sparsity": 0.0, "seed": 0, "healed": False} | quality(model, tokenizer, args))
     for sparsity in args.sparsity:
@@ -82,25 +86,51 @@ def main() -> None:
                 if name == "policy gradient":
                     fields |= {"coarse_steps": args.search_steps, "batch_size": args.search_batch}
                 method = replace(method, **fields)
-                pruned, row = prune(method, compensations, model, tokenizer, text)
-                row = {"method": name, "sparsity": sparsity, "seed": seed} | row
-                if (name, sparsity, seed, False) not in made:
-                    put(row | {"healed": False} | quality(pruned, tokenizer, args))
+                kept = Path(args.masks) / f"{name}-{sparsity}-{seed}.pt" if args.masks else None
+                row = made.get((name, sparsity, seed, False))
+                if row is not None:
+                    pruned, _ = prune(method, (row["compensation"],), model, tokenizer, text, kept)
+                else:
+                    pruned, found = prune(method, compensations, model, tokenizer, text, kept)
+                    row = {"method": name, "sparsity": sparsity, "seed": seed} | found | {"healed": False}
+                    row |= quality(pruned, tokenizer, args)
+                    put(row)
                 if args.heal_steps:
-                    heal = Heal(steps=args.heal_steps, seed=seed)
-                    record = heal.compress(pruned, tokenizer, text, teacher=model)
-                    healed = {"healed": True, "heal_steps": args.heal_steps, "heal_seconds": record["seconds"]}
+                    Heal(steps=args.heal_steps, seed=seed).compress(pruned, tokenizer, text, teacher=parent)
+                    healed = {"healed": True, "heal_steps": args.heal_steps}
                     put(row | healed | quality(pruned, tokenizer, args))
 
 
+def remembering(model: Any) -> Any:
+    """A copy that answers a batch seen before from memory: all rows heal on the same batches against one parent."""
+    parent = copy.deepcopy(model)
+    body, seen = structure.base_model(parent), {}
+    forward = body.forward
+
+    def remembered(input_ids: torch.Tensor, **rest: Any) -> Any:
+        key = input_ids.numpy().tobytes()
+        if key not in seen:
+            seen[key] = forward(input_ids=input_ids, **rest)
+        return seen[key]
+
+    body.forward = remembered
+    return parent
+
+
 def prune(
-    method: Any, compensations: tuple[str, ...], model: Any, tokenizer: Any, text: Any
+    method: Any, compensations: tuple[str, ...], model: Any, tokenizer: Any, text: Any, kept: Path | None
 ) -> tuple[Any, dict[str, Any]]:
     """The pruned copy with the compensation that is best on held-out calibration text, and its figures."""
     reset_peak()
     started = time.monotonic()
     run = method.start(model, tokenizer, text)
-    keep_U, account = method.choose(run)
+    if kept is not None and kept.exists():
+        keep_U, account = torch.load(kept, weights_only=True), {}
+    else:
+        keep_U, account = method.choose(run)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(keep_U, kept)
     seconds, memory = time.monotonic() - started, peak()
     held = data.blocks(text.validation, tokenizer, 128, seed=1)[:32]
     losses: dict[str, float] = {}
@@ -202,6 +232,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks-1024", type=int, default=10)
     parser.add_argument("--limit", type=int, default=50, help="rows of each zero-shot task; 0 leaves them out")
     parser.add_argument("--heal-steps", type=int, default=0)
+    parser.add_argument("--masks", help="folder to keep the searches in")
     parser.add_argument("--dtype", default="auto")
     return parser.parse_args()
 
