@@ -22,6 +22,7 @@ from sentei.structure import Family
 __all__ = ["ChildLinear", "align", "fold", "is_folded", "kind", "layout", "linears", "note", "saving", "unfold"]
 
 VERSION = 1
+NOTED = ("origin", "base_layers", "parent", "gate_rate")
 
 
 def is_folded(model: nn.Module) -> bool:
@@ -32,7 +33,8 @@ def layout(model: nn.Module) -> dict[str, Any]:
     """Who owns the linears of whom, read from the modules: lists with an entry per layer.
 
     "owner": the layer that holds this one's linears; "corrected": it has a scale or a low-rank term on top;
-    "origin", "base_layers": numbers in the model before blocks were removed, where that is known.
+    "origin", "base_layers": numbers in the model before blocks were removed; "parent": how a group's weights were
+    chosen; "gate_rate": the rate that the gates were trained for. What is known of these, see `note`.
     """
     owner, corrected, rank, scale = [], [], 0, False
     for number, layer in enumerate(structure.layers(model)):
@@ -45,12 +47,12 @@ def layout(model: nn.Module) -> dict[str, Any]:
                 rank, scale = 0 if linear.A is None else len(linear.A), scale or linear.scale is not None
     config: Any = structure.base_model(model).config
     known = getattr(config, "fold", None) or {}
-    more = {name: known[name] for name in ("origin", "base_layers") if name in known}
+    more = {name: known[name] for name in NOTED if name in known}
     return {"version": VERSION, "owner": owner, "corrected": corrected, "rank": rank, "scale": scale} | more
 
 
 def note(model: nn.Module, origin: dict[str, Any] | None) -> None:
-    """Let the model's configuration remember what its modules do not: "origin" and "base_layers" of `layout`."""
+    """Let the model's configuration remember what its modules do not: the NOTED part of `layout`."""
     config: Any = structure.base_model(model).config
     if origin is not None or getattr(config, "fold", None) is not None:
         config.fold = origin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import pytest
 import torch
 import transformers
 from conftest import DECODERS, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_evaluate import lm_eval, task_folder  # noqa: F401
 from torch import nn
 
-from sentei import checkpoint, folding, structure
+from sentei import checkpoint, evaluate, folding, structure
 from sentei.cli import main
 from sentei.folding import ChildLinear
 
@@ -214,6 +217,28 @@ def test_adapters_on_top_act_everywhere_and_merge_exactly():
     assert merged.model.layers[2].mlp.down_proj.shared() is merged.model.layers[1].mlp.down_proj
 
 
+def test_adapters_on_a_checkpoint(saved, tmp_path):
+    """Loaded, tuned, the adapter saved and loaded again, merged, and saved: still folded, and the same answers."""
+    out = saved(folded())
+    tuned = get_peft_model(checkpoint.load(out)[0], LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
+    optimizer = torch.optim.Adam([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):  # the first step moves B alone
+        tuned(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        optimizer.step()
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(checkpoint.load(out)[0], tmp_path / "adapter").eval()
+    expected = logits(tuned.eval())
+    assert torch.equal(logits(again), expected) and not torch.allclose(expected, logits(folded()), atol=1e-3)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
+    written = checkpoint.save(
+        merged, checkpoint.load(out)[1], tmp_path / "merged", parent=out, record=STAGE, verify=False
+    )
+    loaded, _ = checkpoint.load(written)
+    assert torch.equal(logits(loaded), logits(merged)) and folding.layout(loaded) == folding.layout(folded())
+    assert (written / "model.safetensors").stat().st_size == (out / "model.safetensors").stat().st_size
+
+
 def test_adapters_by_suffix_are_refused():
     with pytest.raises(ValueError, match="ChildLinear"):
         get_peft_model(folded(), LoraConfig(r=4, target_modules=["q_proj"]))
@@ -268,6 +293,22 @@ def test_fresh_process_sharded_and_bf16(saved):
     assert "modeling_sentei_folded.py" in (out / "README.md").read_text()
 
 
+def test_what_is_written_twice_is_noticed(saved):
+    """A single vector too much, in files whose headers are longer than it."""
+    out = saved(folded())
+    loaded, _ = checkpoint.load(out)
+    loaded.save_pretrained(out.parent / "sharded", max_shard_size="20KB")
+    files = sorted((out.parent / "sharded").glob("*.safetensors"))
+    checkpoint.folded.check_bytes(out.parent / "sharded", loaded)
+    tensors = load_file(files[0])
+    name = next(name for name, tensor in tensors.items() if tensor.numel() > 1)
+    more, fewer = tensors | {"again": tensors[name][:1].clone()}, {key: tensors[key] for key in tensors if key != name}
+    for changed in (more, fewer):
+        save_file(changed, files[0])
+        with pytest.raises(ValueError, match="not written exactly once"):
+            checkpoint.folded.check_bytes(out.parent / "sharded", loaded)
+
+
 def test_widths_that_differ(saved):
     """A model pruned to unequal widths folds where neighbours are equal, and is saved with both."""
     model = alike()
@@ -281,6 +322,25 @@ def test_widths_that_differ(saved):
     assert torch.equal(logits(loaded), logits(model))
     folding.unfold(loaded)
     assert saved(loaded, name="unfolded", verify=True)
+
+
+def test_lm_eval(saved, tmp_path, task_folder, lm_eval, monkeypatch):  # noqa: F811
+    """Tasks are scored as on the unfolded twin."""
+
+    tasks = importlib.import_module("lm_eval.tasks")
+
+    class NoDefaults(tasks.TaskManager):  # lm-eval's own take ten seconds to list
+        def __init__(self, include_path=None, include_defaults=True):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", NoDefaults)
+    out = saved(folded())
+    checkpoint.unfold(out, tmp_path / "plain")
+    scores = []
+    for folder in (out, tmp_path / "plain"):
+        model, tokenizer = checkpoint.load(folder)
+        scores.append(evaluate.tasks(model, tokenizer, ["own_task"], include_path=task_folder)["own_task"])
+    assert scores[0] == scores[1] and scores[0]["samples"] == 12 and 0 < scores[0]["acc"] < 1
 
 
 def test_stock_classes_refuse(saved):
@@ -301,16 +361,18 @@ def test_files_that_do_not_belong_together(saved):
         checkpoint.load(out)
 
 
-def test_unfold_from_the_command_line(saved, tmp_path, capsys):
+@pytest.mark.parametrize("command", [["unfold"], ["export", "--to", "dense"]])
+def test_unfold_from_the_command_line(command, saved, tmp_path, capsys):
     out = saved(folded())
-    assert main(["unfold", str(out), "--out", str(tmp_path / "plain")]) == 0
+    assert main([*command, str(out), "--out", str(tmp_path / "plain")]) == 0
     said = capsys.readouterr().out
     assert "without sharing" in said and "instead of" in said
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(logits(plain), logits(folded()), atol=1e-5, rtol=1e-5)
     assert (tmp_path / "plain" / "model.safetensors").stat().st_size > (out / "model.safetensors").stat().st_size
-    assert main(["unfold", str(tmp_path / "plain"), "--out", str(tmp_path / "again")]) == 2
-    assert "is not folded" in capsys.readouterr().err and not (tmp_path / "again").exists()
+    assert main([*command, str(tmp_path / "plain"), "--out", str(tmp_path / "again")]) == 2
+    refusal = "is not folded" if command == ["unfold"] else "nothing to make dense"
+    assert refusal in capsys.readouterr().err and not (tmp_path / "again").exists()
 
 
 def test_stock_shapes_are_refused(saved):

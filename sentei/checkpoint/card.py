@@ -90,7 +90,9 @@ def _how_to_load(result: dict[str, Any], name: str) -> str:
             f"{load}The code is `modeling_sentei_folded.py` and `modeling_sentei.py` in this folder: layers of "
             "the stock class that share weights, each stored and held in memory once. With `import sentei` before, the "
             "flag is not needed and the files are not run; `sentei unfold` writes independent layers for any other "
-            "runtime. A stock class refuses the folder: the shapes of the shared weights do not fit it."
+            "runtime. A stock class refuses the folder: the shapes of the shared weights do not fit it. Adapters: "
+            '`LoraConfig(target_modules="all-linear")` finds each stored weight once, acts in every layer that uses it '
+            "and merges exactly; a list of names such as q_proj is refused."
         )
     return (
         f"{load}The code is `modeling_sentei.py` in this folder, which resizes the layers of the stock class. With "

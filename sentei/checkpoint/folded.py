@@ -9,8 +9,6 @@ from sentei import folding, structure
 from sentei.checkpoint import forms
 from sentei.remote import modeling_sentei_folded
 
-HEADER = 512  # bytes of a safetensors header per tensor, generously
-
 
 def form(model: Any, shape: str) -> forms.Form:
     """The folded form of a model whose layers share weights.
@@ -41,16 +39,21 @@ def check_bytes(folder: Path, saved: Any) -> None:
     """Each tensor once on disk, or the folder is worth nothing.
 
     Raises:
-        ValueError: the files hold more than the unique tensors.
+        ValueError: the files do not hold the unique tensors and nothing else.
     """
     unique = {id(x): x.numel() * x.element_size() for x in (*saved.parameters(), *_stored_buffers(saved))}
-    found = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    allowed = sum(unique.values()) + HEADER * len(saved.state_dict())
-    if found > allowed:
+    found = sum(_data_bytes(file) for file in folder.glob("*.safetensors"))
+    if found != sum(unique.values()):
         raise ValueError(
-            f"the folded checkpoint takes {found:,} bytes, its tensors {sum(unique.values()):,}: shared weights were "
-            "written more than once, so nothing was written; please report this with the command"
+            f"the folded checkpoint holds {found:,} bytes of weights, its tensors {sum(unique.values()):,}: what is "
+            "shared was not written exactly once, so nothing was written; please report this with the command"
         )
+
+
+def _data_bytes(file: Path) -> int:
+    """Bytes of a safetensors file without its header, whose length is in the first eight bytes."""
+    with file.open("rb") as stream:
+        return file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
 
 
 def _stored_buffers(model: Any) -> list[Any]:

@@ -6,10 +6,10 @@ training with distillation of the tail follows is the paper's; every formula is 
 
 1. Refuse a model whose blocks differ; show how alike blocks are                         `check.check`, `.similarity`
 2. Rank blocks: gates under a budget, trained together while all weights stand still     `gates.Gates`
-   and in the same run, to compare: block influence, greedy, Taylor, random              `FoldGPT.choose`
+   and in the same run, to compare: block influence, greedy, Taylor, random              `ranking.choose`
 3. Drop blocks until `sparsity` of the blocks' parameters is gone; renumber the rest     `Structural.cut`
 4. Let runs of `group_size` neighbours share the linears of one of them until `target_*` is met: whose, with whose
-   norms, with which scale and low-rank term is decided by measured KL to the dense model `plan.Folder`, `plan.choose`
+   norms, with which scale and low-rank term is decided by measured KL to the dense model `folder.Folder`, `plan.choose`
 5. Train what is a layer's own: norms, scales, low-rank terms                            `healing.heal`
 
 Removal makes a model smaller, faster and its KV cache shorter. Sharing makes it smaller only: every layer still runs.
@@ -20,9 +20,8 @@ Shape legend: U units, N blocks of text, T tokens.
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,20 +29,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sentei import data, folding, importance, masks, structure
-from sentei.distill import Distillation, check_head
-from sentei.greedy import greedy
+from sentei import data, folding, masks, structure
+from sentei.distill import check_head
 from sentei.methods import Progress, option
-from sentei.methods.fold_gpt import check, gates, healing, plan
+from sentei.methods.fold_gpt import check, healing, plan, ranking, states
+from sentei.methods.fold_gpt.check import TARGETS
+from sentei.methods.fold_gpt.folder import Folder
+from sentei.methods.fold_gpt.judge import Judge
+from sentei.methods.fold_gpt.ranking import SCORES
 from sentei.methods.structural import Run, Structural
 from sentei.structure import Units
-from sentei.train import Settings, mix, shuffled
+from sentei.train import Settings, mix
 
-SCORES = ("gates", "block_influence", "greedy", "taylor", "random")
 PLANS = ("auto", "greedy", "dp", "all")
 PARENTS = ("best", "first", "average")
-TARGETS = ("target_blocks", "target_model", "target_bytes")
-HEADER_BYTES = 256  # of a safetensors header per tensor of the dense model, with room for the corrections' names
 
 
 @dataclass
@@ -60,6 +59,11 @@ class FoldRun(Run):
     @cached_property
     def calibration(self) -> Tensor:
         return self.texts["calibration"]
+
+    @cached_property
+    def held(self) -> Tensor:
+        """Blocks [N, T] of validation text: scores and healing are judged on them."""
+        return self.blocks(None, self.method.calibration_seq_len, "validation")[: self.method.eval_samples]
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class FoldGPT(Structural):
     target_blocks: float | None = option(None, "fold until this fraction of the blocks' parameters is stored")
     target_model: float | None = option(None, "fold until this fraction of all parameters is stored")
     target_bytes: int | None = option(None, "fold until the weight file has at most so many bytes")
-    bytes_per_parameter: int = option(2, "of the saved file: 2 for bfloat16 and float16, 4 for float32")
+    bytes_per_parameter: int | None = option(None, "of the saved file; default: those of the checkpoint")
     group_size: int = option(2, "neighbours that share weights", "[ours]")
     plan: str = option("auto", "greedy; dp: exact for costs that add; auto: the better of both; all: every free block")
     parent: str = option("best", "whose weights a group uses: best (by KL), first, or average", "first: second hand")
@@ -215,13 +219,16 @@ class FoldGPT(Structural):
         after = structure.layer_parameters(model), structure.total_parameters(model)
         before = structure.layer_parameters(dense), structure.total_parameters(dense)
         record["stored_of_layers"], record["stored_of_model"] = after[0] / before[0], after[1] / before[1]
+        record["outside_of_model"] = 1 - before[0] / before[1]  # embeddings, final norm and head: they do not shrink
+        width = check.stored_bytes(self, model)
+        record["kv_bytes_per_token"] = {"dense": width * _cached(dense), "now": width * _cached(model)}
         record["seconds"] = time.monotonic() - run.began
         return record
 
     def start(self, model: nn.Module, tokenizer: Any, text: data.Text, **keywords: Any) -> FoldRun:
         run = FoldRun(**vars(super().start(model, tokenizer, text, **keywords)))
         check.check(model, fold=self.folds)
-        free_U = ~self._protected(run.units)
+        free_U = ~ranking.protected(self, run.units)
         target = masks.removal_target(run.units, self.sparsity)
         if int(run.units.cost_U[free_U].sum()) < target:
             raise ValueError(
@@ -229,7 +236,7 @@ class FoldGPT(Structural):
                 f"protect_first={self.protect_first} and protect_last={self.protect_last} hold fewer. Lower one of them"
             )
         if self.folds:
-            self._check_reach(model, target)
+            check.reach(self, model, target)
         return run
 
     def forecast(self, model: nn.Module) -> dict[str, str]:
@@ -237,7 +244,7 @@ class FoldGPT(Structural):
         check.check(model, fold=self.folds)
         if not self.folds:
             return {"folding": "none: no target is given"}
-        return {"folding": self._check_reach(model, int(self.sparsity * structure.layer_parameters(model) + 0.5))}
+        return {"folding": check.reach(self, model, int(self.sparsity * structure.layer_parameters(model) + 0.5))}
 
     # --- text ---------------------------------------------------------------------------------------------------------
 
@@ -284,9 +291,6 @@ class FoldGPT(Structural):
 
     # --- removal ----------------------------------------------------------------------------------------------------
 
-    def _protected(self, units: Units) -> Tensor:
-        return (units.layer_U < self.protect_first) | (units.layer_U >= units.num_layers - self.protect_last)
-
     @staticmethod
     def origin(units: Units, keep_U: Tensor) -> list[int]:
         """Number in the dense model of each layer that is left."""
@@ -294,179 +298,17 @@ class FoldGPT(Structural):
         return [number for number in range(units.num_layers) if number not in gone]
 
     def choose(self, run: FoldRun) -> tuple[Tensor, dict[str, Any]]:
-        """The units to keep by the first score, and a row for each score: what it drops, and at what loss."""
-        units, target = run.units, masks.removal_target(run.units, self.sparsity)
-        if not target:
-            return torch.ones(len(units), dtype=torch.bool), {"scores": []}
-        held_NT = run.blocks(None, self.calibration_seq_len, "validation")[: self.eval_samples]
-        rows: list[dict[str, Any]] = []
-        masks_found: list[Tensor] = []
-        ranks: list[Tensor] = []
-        account: dict[str, Any] = {}
-        dense_loss = run.mean_loss(held_NT, self.batch_size)
-        for name in self.score:
-            began = time.monotonic()
-            keep_U, score_U, tokens, more = self._rank(name, run, target)
-            seconds = time.monotonic() - began
-            account |= more
-            with masks.masked(run.model, units, keep_U):
-                loss = run.mean_loss(held_NT, self.batch_size)
-            masks_found.append(keep_U)
-            ranks.append(score_U)
-            gone, first = ~keep_U, ~masks_found[0]
-            rows.append(
-                {
-                    "score": name,
-                    "dropped": _described(units, gone),
-                    "held_loss": loss,
-                    "held_loss_dense": dense_loss,
-                    "tokens": tokens,
-                    "seconds": seconds,
-                    "rank_correlation": _spearman(score_U, ranks[0]),
-                    "overlap": float((gone & first).sum() / (gone | first).sum()),
-                    "values": [round(value, 6) for value in score_U.tolist()],
-                }
-            )
-            if run.report is not None:
-                run.report({"message": f"{name} drops {rows[-1]['dropped']}: held-out loss {loss:.3f}"})
-        return masks_found[0], account | {"scores": rows}
-
-    def _rank(self, name: str, run: FoldRun, target: int) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-        """keep_U, score_U (higher stays), tokens seen, and what else is to be recorded."""
-        model, units, calibration = run.model, run.units, run.calibration
-        protected_U, tie_U, more = self._protected(units), None, {}
-        tokens = calibration.numel()
-        if name == "greedy":
-            keep_U, order = greedy(
-                model, units, calibration, run.loss, target, protected_U=protected_U, batch_size=self.batch_size,
-                tick=run.tick,
-            )  # fmt: skip
-            score_U = torch.full((len(units),), float(len(order)), dtype=torch.double)
-            for rank, entry in enumerate(order):
-                score_U[int(entry["unit"])] = rank
-            passes = sum((len(units) - rank) / 2 + 1 for rank in range(len(order)))
-            return keep_U, score_U, int(passes * tokens), {"greedy": order}
-        if name == "gates":
-            score_U, tie_U, tokens, more = self._learn_gates(run, target)
-        elif name == "taylor":
-            batches = list(calibration.split(self.batch_size))
-            score_U = gates.one_shot(model, units, batches, run.loss)
-        elif name == "block_influence":
-            score_U = importance.block_influence(model, units, calibration)
-        else:
-            score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(self.seed)).double()
-        stays_U = score_U.double().clone()
-        stays_U[protected_U] = float(stays_U.max()) + 1
-        return masks.select(stays_U, units, target, "global", tie_break_U=tie_U), score_U, tokens, more
-
-    def _learn_gates(self, run: FoldRun, target: int) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
-        model, units = run.model, run.units
-        free = (~self._protected(units)).nonzero().flatten()
-        cost_U = units.cost_U.double() if self.gate_cost == "params" else self._operations(model, units)
-        total = units.layer_parameters if self.gate_cost == "params" else float(cost_U.sum())
-        blocks_NT = run.texts["gates"].to(next(model.parameters()).device)
-        batches = shuffled(blocks_NT, self.gate_batch, seed=self.seed)
-        current: dict[str, Tensor] = {}
-
-        def loss(g_F: Tensor, step: int) -> Tensor:
-            current["g"] = torch.ones(len(units), dtype=torch.double).index_copy(0, free, g_F)
-            return Distillation()(model, batches(step))["loss"]
-
-        trained = gates.Gates(
-            cost_U[free] / total, target / units.layer_parameters, self._schedule(), loss,
-            file=run.workdir / "gates.pt" if run.workdir else None,
-            identity=(asdict(self), len(units), units.layer_parameters, run.text.sha256), save_every=self.save_every,
-        )  # fmt: skip
-        with gates.frozen(model), gates.gated(model, units, lambda: current["g"]):
-            mean_F = trained.run(run.tick)
-        score_U = torch.ones(len(units), dtype=torch.double).index_copy(0, free, mean_F)
-        a_U = torch.full((len(units),), math.inf, dtype=torch.double).index_copy(0, free, trained.a_U.detach().abs())
-        last_F = gates.gate(trained.a_U.detach(), self._schedule().eps_at(self.gate_steps - 1))
-        decided = gates.polarised(last_F)
-        if decided < 0.8 and run.report is not None:
-            run.report({"message": f"gates did not polarise: {1 - decided:.0%} are undecided; give more gate_steps"})
-        tokens = min(self.gate_steps * self.gate_batch, 10**9) * self.calibration_seq_len
-        return score_U, a_U, tokens, {"gates": trained.history, "gates_polarised": decided}
-
-    def _schedule(self) -> gates.Schedule:
-        names = ("steps", "lr", "eps", "eps_end", "init", "dual_init", "dual_lr", "quad")
-        given: dict[str, Any] = {name: getattr(self, f"gate_{name}") for name in names}
-        given["lr"] = self.gate_lr or 20 / self.gate_steps
-        return gates.Schedule(**given)
-
-    def _operations(self, model: nn.Module, units: Units) -> Tensor:
-        """Multiplications per token of each unit: its weights, and attention over half the context on average."""
-        flops_U = torch.zeros(len(units), dtype=torch.double)
-        sizes = structure.sizes(model)
-        for unit, (layer, index) in enumerate(zip(units.layer_U.tolist(), units.index_U.tolist(), strict=True)):
-            attends = "layers" in units.granularity or index == 0
-            heads = sizes[layer].num_heads * sizes[layer].head_dim if attends else 0
-            flops_U[unit] = float(units.cost_U[unit]) + self.calibration_seq_len * heads
-        return flops_U
+        return ranking.choose(run)
 
     # --- folding ----------------------------------------------------------------------------------------------------
 
-    def _scaled(self, model: nn.Module) -> bool:
-        """A norm after the linear would undo an output scale, and can learn it itself."""
+    def scaled(self, model: nn.Module) -> bool:
+        """Are there output scales? A norm after the linear would undo one, and can learn it itself."""
         return self.scale and len(structure.family(model).attention_norms) == 1
 
-    def _free(self, count: int) -> list[bool]:
+    def free(self, count: int) -> list[bool]:
+        """Of each of so many layers, may it share?"""
         return [self.protect_first <= number < count - self.protect_last for number in range(count)]
-
-    def _allowed(self, model: nn.Module) -> int | None:
-        """Parameters that the whole model may store, of the dense model's; None: as many as there are."""
-        blocks, total = structure.layer_parameters(model), structure.total_parameters(model)
-        if self.target_blocks is not None:
-            return total - blocks + int(self.target_blocks * blocks)
-        if self.target_model is not None:
-            return int(self.target_model * total)
-        if self.target_bytes is not None:
-            tensors = len(model.state_dict())
-            return (self.target_bytes - HEADER_BYTES * tensors) // self.bytes_per_parameter - tensors
-        return None
-
-    def _check_reach(self, model: nn.Module, remove: int) -> str:
-        """Refuse before any training what folding cannot do; a line on what it will.
-
-        Which blocks go is not known yet, so the bound is that of the best case: the rest are neighbours.
-        """
-        layers = structure.layers(model)
-        count, rank, scale = len(layers), self.lora_rank, self._scaled(model)
-        check.check_pairs(model, self.group_size, self._free(count))
-        held, added = folding.saving(layers[self.protect_first], rank, scale)
-        if added >= held:
-            per_rank = (added - folding.saving(layers[self.protect_first], 0, scale)[1]) // rank
-            raise ValueError(
-                f"lora_rank={rank} adds {added / 1e6:.3g}M parameters per folded block, folding saves "
-                f"{held / 1e6:.3g}M. Use lora_rank <= {max(1, held // per_rank // 8)}"
-            )
-        allowed = self._allowed(model)
-        if allowed is None:
-            return "every free block"
-        kinds = {folding.kind(model, number) for number in range(count)}
-        if len(kinds) > 1 or self.granularity != "layers":
-            return "as far as blocks that are alike lie side by side"
-        block = structure.layer_parameters(model) // count
-        gone = -(-remove // block)
-        groups = (count - gone - self.protect_first - self.protect_last) // self.group_size
-        corrected = self.group_size - (self.parent != "average")
-        saves = groups * ((self.group_size - 1) * held - corrected * added)
-        least = structure.total_parameters(model) - gone * block - max(0, saves)
-        if least > allowed:
-            name = next(name for name in TARGETS if getattr(self, name) is not None)
-            total, blocks = structure.total_parameters(model), structure.layer_parameters(model)
-            bound = {
-                "target_blocks": f"{1 - (total - least) / blocks:.2f}",
-                "target_model": f"{least / total:.2f}",
-                "target_bytes": f"{least * self.bytes_per_parameter:,}",
-            }[name]
-            raise ValueError(
-                f"{name}={getattr(self, name)} with sparsity={self.sparsity:g} is below what group_size="
-                f"{self.group_size} reaches ({bound}). Raise group_size or sparsity, or lower lora_rank"
-            )
-        each = (self.group_size - 1) * held - corrected * added
-        need = max(0, structure.total_parameters(model) - gone * block - allowed)
-        return f"{-(-need // each)} groups of {self.group_size}, {each:,} parameters each, to store {allowed:,} in all"
 
     def fold(self, run: FoldRun, dense: nn.Module, origin: list[int]) -> dict[str, Any] | None:
         """Let neighbours share weights until the target is met; None if nothing had to be shared.
@@ -477,24 +319,26 @@ class FoldGPT(Structural):
         """
         model = run.model
         began = time.monotonic()
-        before, allowed = structure.total_parameters(model), self._allowed(dense)
+        before, allowed = structure.total_parameters(model), check.allowed(self, dense)
         need = 0 if allowed is None else before - allowed
         if self.plan != "all" and need <= 0:
             return None
-        check.check_pairs(model, self.group_size, self._free(len(origin)))
-        judge = plan.Judge(dense, run.texts["fold"], self.batch_size)
-        folder = plan.Folder(
-            model, judge, free=self._free(len(origin)), size=self.group_size,
-            parent=self.parent, rank=self.lora_rank, scale=self._scaled(model), align=self.align,
+        check.check_pairs(model, self.group_size, self.free(len(origin)))
+        scale = self.scaled(model)
+        folder = Folder(
+            model, Judge(dense, run.texts["fold"], self.batch_size), free=self.free(len(origin)), size=self.group_size,
+            parent=self.parent, rank=self.lora_rank, scale=scale, align=self.align,
             file=run.workdir / "plan.json" if run.workdir else None,
-            identity=[asdict(self), origin, before, run.text.sha256], tick=run.tick,
+            identity=states.of_plan(run, dense, origin, scale), tick=run.tick,
         )  # fmt: skip
         try:
             groups = plan.choose(folder, self.plan, need)
         except ValueError as error:
-            raise ValueError(f"{error}: raise group_size or sparsity, or lower the target or lora_rank") from error
+            raise ValueError(f"{error}: raise group_size, sparsity or the target, or lower lora_rank") from error
         folder.free_terms(self.seed)
-        folding.note(model, {"origin": origin, "base_layers": len(structure.layers(dense))})
+        rate = self.sparsity if self.sparsity and self.score[0] == "gates" else None
+        known = {"origin": origin, "base_layers": len(structure.layers(dense))}
+        folding.note(model, known | {"parent": self.parent, "gate_rate": rate})
         after = structure.total_parameters(model)
         return {
             "groups": groups,
@@ -526,28 +370,15 @@ class FoldGPT(Structural):
             dense.eval(), self.temperature, self.ce_weight, self.kl_weight, hidden_weight=self.hidden_weight,
             pairs=tuple(pairs),
         )  # fmt: skip
-        held_NT = run.blocks(None, self.calibration_seq_len, "validation")[: self.eval_samples]
         return healing.heal(
-            run.model, dense, run.texts["heal"], held_NT, loss, self._heal_settings(), batch_size=self.batch_size,
+            run.model, dense, run.texts["heal"], run.held, loss, self._heal_settings(), batch_size=self.batch_size,
             lora_rank=rank, folder=run.workdir / "healing" if run.workdir else None, report=run.report,
         )  # fmt: skip
 
 
-def _described(units: Units, gone_U: Tensor) -> str:
-    """Dropped units as their numbers in the dense model, counted from 0: "3, 7" or "3 mlp, 7 attention"."""
-    words = []
-    for layer, index in zip(units.layer_U[gone_U].tolist(), units.index_U[gone_U].tolist(), strict=True):
-        part = f" {structure.SUBLAYERS[index]}" if "sublayers" in units.granularity else ""
-        words.append(f"{layer}{part}")
-    return ", ".join(words)
-
-
-def _spearman(a_U: Tensor, b_U: Tensor) -> float | None:
-    """Rank correlation, ties at their mean rank; None where one of them is constant."""
-
-    def ranks(x_U: Tensor) -> Tensor:
-        return ((x_U[:, None] > x_U).sum(1) + 0.5 * ((x_U[:, None] == x_U).sum(1) - 1)).double()
-
-    both = torch.stack([ranks(a_U), ranks(b_U)])
-    value = float(torch.corrcoef(both)[0, 1])
-    return value if math.isfinite(value) else None
+def _cached(model: nn.Module) -> int:
+    """Numbers that the KV cache holds for a token: keys and values of every layer, shared weights or not."""
+    return sum(
+        size.num_kv_heads * ((2 * len(size.qk_pairs) or size.head_dim) + size.head_dim)
+        for size in structure.sizes(model)
+    )

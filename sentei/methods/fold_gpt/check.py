@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sentei import folding, structure
+from sentei import checkpoint, distill, folding, structure
+
+if TYPE_CHECKING:
+    from sentei.methods.fold_gpt import FoldGPT
 
 ADAPTERS = ("lora_", "adapter")
+TARGETS = ("target_blocks", "target_model", "target_bytes")
+HEADER = 96  # bytes of a safetensors header per tensor, beside its name
 
 
 def check(model: nn.Module, *, fold: bool) -> None:
@@ -25,6 +31,11 @@ def check(model: nn.Module, *, fold: bool) -> None:
     if not structure.is_causal(model):
         raise ValueError(
             f"{structure.family_name(model)} is an encoder; FoldGPT is for decoders. Use policy_gradient or one_shot"
+        )
+    if distill.head(model) is None:
+        raise ValueError(
+            f"{type(model).__name__} predicts no tokens, and every choice here is judged by what it predicts: compress "
+            "the language model, and train the head of another task afterwards"
         )
     config = structure.base_model(model).config
     if getattr(model, "peft_config", None) or any(
@@ -50,6 +61,11 @@ def check(model: nn.Module, *, fold: bool) -> None:
             )
     if not fold:
         return
+    if any(size.qk_pairs for size in structure.sizes(model)):
+        raise ValueError(
+            "the heads of this model were cut inside, each layer's at other places, so layers cannot share weights: "
+            "prune with units=groups+channels, or leave the target out and only remove blocks"
+        )
     devices = [str(next(block.parameters()).device) for block in blocks]
     if len(set(devices)) > 1:
         split = next(i for i in range(1, len(devices)) if devices[i] != devices[i - 1])
@@ -82,6 +98,91 @@ def check_pairs(model: nn.Module, size: int, free: list[bool]) -> None:
                 "match; leave the target out and only remove blocks"
             )
     raise ValueError(f"group_size {size} is more than the {sum(free)} blocks that are neither removed nor protected")
+
+
+def allowed(method: FoldGPT, model: nn.Module) -> int | None:
+    """Parameters that the whole model may store, of the dense model's; None: as many as there are."""
+    blocks, total = structure.layer_parameters(model), structure.total_parameters(model)
+    if method.target_blocks is not None:
+        return total - blocks + int(method.target_blocks * blocks)
+    if method.target_model is not None:
+        return int(method.target_model * total)
+    if method.target_bytes is not None:
+        return (method.target_bytes - header_bytes(model)) // stored_bytes(method, model) - num_linears(model)
+    return None
+
+
+def num_linears(model: nn.Module) -> int:
+    """Linears of the blocks; one that uses another's weight is stored with one element, see `ChildLinear`."""
+    return sum(len(folding.linears(layer)) for layer in structure.layers(model))
+
+
+def header_bytes(model: nn.Module) -> int:
+    """The most that the header of the folded file takes: where a linear was, a mark, A, B and a scale may stand."""
+    tensors = sum(len(name) + HEADER for name in model.state_dict())
+    return 1024 + tensors + sum(
+        3 * (len(name) + HEADER)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()  # pyright: ignore
+    )  # fmt: skip
+
+
+def stored_bytes(method: FoldGPT, model: nn.Module) -> int:
+    """Bytes per parameter of the saved file: as in the checkpoint that the model came from, unless the field says."""
+    if method.bytes_per_parameter is not None:
+        return method.bytes_per_parameter
+    place = Path(getattr(model.config, "_name_or_path", "") or "nowhere")  # pyright: ignore[reportArgumentType]
+    if (place / "config.json").is_file():
+        return checkpoint.inspect(place, trust_remote_code=True).dtype.itemsize  # its code is not run here
+    packed = sorted(place.glob("*.gguf")) if place.is_dir() else []
+    if packed:
+        return max(checkpoint.inspect(file).dtype.itemsize for file in packed)
+    return next(model.parameters()).element_size()
+
+
+def reach(method: FoldGPT, model: nn.Module, remove: int) -> str:
+    """Refuse before any training what folding cannot do; a line on what it will.
+
+    Which blocks go is not known yet, so the bound is that of the best case: the rest are neighbours.
+
+    Args:
+        remove: parameters that go before anything is folded.
+    """
+    layers = structure.layers(model)
+    count, size, rank, scale = len(layers), method.group_size, method.lora_rank, method.scaled(model)
+    check_pairs(model, size, method.free(count))
+    held, added = folding.saving(layers[method.protect_first], rank, scale)
+    if added >= held:
+        per_rank = (added - folding.saving(layers[method.protect_first], 0, scale)[1]) // rank
+        raise ValueError(
+            f"lora_rank={rank} adds {added / 1e6:.3g}M parameters per folded block, folding saves {held / 1e6:.3g}M. "
+            f"Use lora_rank <= {max(1, held // per_rank // 8)}"
+        )
+    may_store = allowed(method, model)
+    if may_store is None:
+        return "every free block"
+    kinds = {folding.kind(model, number) for number in range(count)}
+    if len(kinds) > 1 or method.granularity != "layers":
+        return "as far as blocks that are alike lie side by side"
+    blocks, total = structure.layer_parameters(model), structure.total_parameters(model)
+    left = total - -(-remove // (blocks // count)) * (blocks // count)
+    groups = (count - -(-remove // (blocks // count)) - method.protect_first - method.protect_last) // size
+    each = (size - 1) * held - (size - (method.parent != "average")) * added
+    least = left - groups * max(0, each)
+    if least > may_store:
+        name = next(name for name in TARGETS if getattr(method, name) is not None)
+        extra = header_bytes(model) + num_linears(model) * stored_bytes(method, model)
+        bound = {
+            "target_blocks": f"{1 - (total - least) / blocks:.2f}",
+            "target_model": f"{least / total:.2f}",
+            "target_bytes": f"{least * stored_bytes(method, model) + extra:,}",
+        }[name]
+        raise ValueError(
+            f"{name}={getattr(method, name)} with sparsity={method.sparsity:g} is below what group_size={size} "
+            f"reaches ({bound}). Raise group_size or sparsity, or lower lora_rank"
+        )
+    need = max(0, left - may_store)
+    return f"{-(-need // max(1, each))} groups of {size}, {each:,} parameters each, to store {may_store:,} in all"
 
 
 @torch.no_grad()

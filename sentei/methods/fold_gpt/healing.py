@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sentei import folding, lora, structure
 from sentei.distill import Distillation, held_out
 from sentei.methods import Progress
-from sentei.train import Batch, Settings, causal_batch, resolve_precision, shuffled, train
+from sentei.train import Batch, Settings, causal_batch, processes, resolve_precision, shuffled, train
 
 SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 Pairs = list[tuple[int, int]]
@@ -100,20 +100,26 @@ def heal(
 ) -> dict[str, Any]:
     """Train in place. Frozen tensors keep their dtype; the small ones are fp32 meanwhile and cast back at the end.
 
+    The weights that are best on `held_NT` stay, those at the start among them.
+
     Args:
         lora_rank: of temporary adapters on every linear of the blocks (of owners, in a folded model); 0: none.
     Returns:
         "loss_before", "loss_after" (validation, nats per token; after the cast), "kl_before", "kl_after", "steps",
-        "tokens", "trained_parameters", "history".
+        "best_step", "tokens", "trained_parameters", "history".
     """
     if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDED):
         raise ValueError(
             "healing runs on one device or with plain data parallelism; under FSDP or DeepSpeed a folded layer would "
             "call into another layer's shard. Unset " + " and ".join(SHARDED)
         )
+    if processes().num_processes > 1:  # where training will move the model; the teacher's own tensors must be there too
+        model.to(processes().device)
+        dense.to(processes().device)
     device = next(model.parameters()).device
     precision = resolve_precision(settings.precision, device)
     before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    dense_before = [(p, p.dtype) for p in dense.parameters()]
     was_training = model.training
     if precision == "fp32":  # a 16-bit product is slow on such a device, and these casts are exact both ways
         for p in (*model.parameters(), *dense.parameters()):
@@ -132,8 +138,7 @@ def heal(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     held = [causal_batch(rows) for rows in held_NT.to(device).split(batch_size)]
     history = [{"step": 0} | _measure(model, loss, held, precision)]
-    start = {name: p.detach().clone() for name, p in trained.items()}
-    state: dict[str, Any] = {"history": history}
+    state: dict[str, Any] = {"history": history, "best": _copy(trained), "best_step": 0}
     terms = (loss.ce_weight, loss.kl_weight, loss.hidden_weight, loss.temperature, loss.pairs)
     run = train(
         model,
@@ -150,22 +155,25 @@ def heal(
             for step in run:
                 tokens = step.tokens
                 if step.progress >= 1 or int(4 * step.progress) > int(4 * state["history"][-1].get("progress", 0.0)):
-                    state["history"].append(asdict(step) | _measure(model, loss, held, precision))
+                    measured = asdict(step) | _measure(model, loss, held, precision)
+                    if measured["loss"] < min(entry["loss"] for entry in state["history"]):
+                        state |= {"best": _copy(trained), "best_step": step.step}
+                    state["history"].append(measured)
                 if report is not None:
                     shown = f"healing: loss {step.losses['loss']:.3f}, held out {state['history'][-1]['loss']:.3f}"
                     report({"step": step.step, "of": settings.steps, "message": shown, **step.losses})
         history = state["history"]
-        best = min(history, key=lambda entry: entry["loss"])
-        if best is history[0]:  # healing made it worse: leave the model as it was
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(start[name])
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state["best"][name])
     finally:
         lora.detach(model, adapters)
         for name, p in model.named_parameters():
             dtype, requires_grad = before[name]
             p.data = p.data.to(dtype)
             p.requires_grad_(requires_grad)
+        for p, dtype in dense_before:  # its norms, the blocks that are gone, and matrices that a merge has replaced
+            p.data = p.data.to(dtype)
         model.train(was_training)
     after = _measure(model, loss, held, precision)
     return {
@@ -175,7 +183,8 @@ def heal(
         "kl_after": after.get("kl"),
         "steps": history[-1]["step"],
         "tokens": history[-1].get("tokens", tokens),
-        "improved": best is not history[0],
+        "best_step": state["best_step"],
+        "improved": state["best_step"] > 0,
         "trained_parameters": sum(p.numel() for p in trained.values()),
         "history": [
             {f"validation_{key}" if key in ("loss", "kl") else key: value for key, value in entry.items()}
@@ -193,6 +202,10 @@ def own_parameters(model: nn.Module) -> list[nn.Parameter]:
         if children:
             found += [p for p in layer.parameters() if id(p) not in shared]
     return found
+
+
+def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
 
 def _measure(model: nn.Module, loss: TailDistillation, held: list[Batch], precision: str) -> dict[str, float]:

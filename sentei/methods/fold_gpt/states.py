@@ -1,0 +1,45 @@
+"""What a state in the work folder belongs to: the numbers it was made from, and no field that cannot change it.
+
+So another target takes over trained gates and measured windows, and other settings of the healing take over both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sentei.methods.fold_gpt import FoldRun
+
+GATES = ("sparsity", "granularity", "protect_first", "protect_last", "calibration_seq_len", "seed")
+PLAN = ("parent", "lora_rank", "align", "group_size", "batch_size")
+
+
+def of_gates(run: FoldRun) -> dict[str, Any]:
+    """The model, the text of the gates and the fields that their training reads."""
+    method = run.method
+    fields = {name: getattr(method, name) for name in vars(method) if name.startswith("gate_") or name in GATES}
+    return fields | {"text": text(run.texts["gates"]), "weights": weights(run.model)}
+
+
+def of_plan(run: FoldRun, dense: nn.Module, origin: Sequence[int], scale: bool) -> dict[str, Any]:
+    """The models, the text that KL is measured on and the fields that a measurement depends on; not the target."""
+    fields = {name: getattr(run.method, name) for name in PLAN}
+    models = {"weights": weights(run.model), "dense": weights(dense)}
+    return fields | models | {"text": text(run.texts["fold"]), "origin": list(origin), "scale": scale}
+
+
+def text(blocks_NT: Tensor) -> str:
+    return hashlib.sha256(blocks_NT.cpu().numpy().tobytes()).hexdigest()
+
+
+def weights(model: nn.Module) -> str:
+    """A digest of the model's tensors by name, shape and sum: quick, and another model has another."""
+    found = [
+        (name, tuple(p.shape), f"{p.detach().sum(dtype=torch.double):.9g}") for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
