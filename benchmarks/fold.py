@@ -5,9 +5,10 @@
     python benchmarks/fold.py --out results/fold-smollm2.json --weigh            # bytes, resident memory, tokens/s
     python benchmarks/fold.py --out results/fold-smollm2.json --markdown
 
-A row stores at most the asked fraction of the blocks' parameters, corrections included. All rows calibrate, heal and
-are judged on the same text; healing trains the same kind of parameters in each (adapters of one rank on all stored
-linears, and in folded models what is a layer's own). Rows are written as they are made; a second run makes the rest.
+A row stores at most the asked fraction of the blocks' parameters, corrections included. All rows of a seed calibrate,
+heal and are judged on the same blocks of text; healing trains the same kind of parameters in each (adapters of one rank
+on all stored linears, and in folded models what is a layer's own). Rows are written as they are made; a second run with
+the same settings goes on inside the row where the first was stopped (its seconds are then those of the last sitting).
 `--weigh` saves every unhealed row and times it against the dense model, and a folded one against itself unfolded.
 """
 
@@ -18,17 +19,20 @@ import copy
 import json
 import os
 import platform
+import re
+import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tables import write
 
-from sentei import benchmark, checkpoint, data, evaluate, folding, masks, structure
+from sentei import benchmark, checkpoint, data, evaluate, folding, masks, recipe, structure
 from sentei.greedy import greedy
-from sentei.methods.fold_gpt import FoldGPT, healing
+from sentei.methods.fold_gpt import FoldGPT, healing, ranking
 
 # name -> (score that removes, part of what goes that is removed; the rest is folded)
 ROWS: dict[str, tuple[str, float]] = {
@@ -42,6 +46,8 @@ ROWS: dict[str, tuple[str, float]] = {
     "gates + fold, three to one": ("gates", 0.75),
     "greedy + fold, half and half": ("greedy", 0.5),
 }
+# What may differ between two runs that add rows to one table.
+FREE = ("model", "data", "test", "out", "work", "markdown", "small", "weigh", "rows", "stored", "seeds")
 
 
 def main() -> None:
@@ -50,19 +56,27 @@ def main() -> None:
     if args.markdown:
         print(markdown(json.loads(out.read_text())))
         return
-    table = json.loads(out.read_text()) if out.exists() else {"rows": [], "greedy": {}, "weights": []}
+    work = Path(args.work or Path("runs") / out.stem)
+    named, args.model = args.model, parent_folder(args.model, work)
     model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
     text = data.load(args.data)
-    table |= {
-        "model": Path(args.model).name if Path(args.model).exists() else args.model,
+    made_with = {
+        "model": Path(named).name if Path(named).exists() else named,
         "calibration": {"name": Path(args.data).name, "sha256": text.sha256},
-        "settings": {
-            key: value for key, value in vars(args).items() if key not in ("out", "markdown", "rows", "stored")
-        },
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "test": {"name": Path(args.test).name},
+        "settings": {key: value for key, value in vars(args).items() if key not in FREE},
         "dtype": str(next(model.parameters()).dtype),
+    }
+    table: dict[str, Any] = {"rows": [], "greedy": {}, "weights": []}
+    if out.exists():
+        table = json.loads(out.read_text())
+        if differing := differences(table, made_with):
+            raise SystemExit(f"{out} has rows made with other settings ({differing}): give another --out, or the same")
+    table |= made_with | {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__},
     }
+    texts: dict[int, dict[str, torch.Tensor]] = {}
 
     def put(row: dict[str, Any]) -> None:
         table["rows"].append(row)
@@ -82,8 +96,12 @@ def main() -> None:
                     continue
                 method = row_method(name, stored, seed, args)
                 small = copy.deepcopy(model)
-                run, dense, row = prune(method, small, tokenizer, text, table, out)
-                row = {"row": name, "stored": stored, "seed": seed} | row
+                place = work / f"{re.sub('[^a-z]+', '-', name.lower())}-{stored}-{seed}"
+                run = method.start(small, tokenizer, text, workdir=place)
+                run.texts = texts[seed] = texts.get(seed) or shared_text(run)
+                resumed = place.exists()
+                dense, row = prune(run, table, out)
+                row = {"row": name, "stored": stored, "seed": seed, "resumed": resumed} | row
                 if False in missing:
                     put(row | {"healed": False} | quality(small, tokenizer, args))
                 if args.weigh and not seed and (name, stored) not in weighed:
@@ -95,6 +113,28 @@ def main() -> None:
                     spent = {"heal_seconds": time.monotonic() - started, "heal_tokens": record["tokens"]}
                     spent |= {"heal_trained": record["trained_parameters"]}
                     put(row | {"healed": True} | spent | quality(small, tokenizer, args))
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def parent_folder(model: str, work: Path) -> str:
+    """What every row loads and is weighed against: a .gguf file is unpacked once."""
+    found = recipe.find_model(model)
+    if not found.endswith(".gguf"):
+        return found
+    folder = work / "parent"
+    return str(folder if folder.exists() else checkpoint.unpack(found, folder))
+
+
+def differences(table: dict[str, Any], made_with: dict[str, Any]) -> str:
+    """The settings that are not those of the table, in words; "" if all are."""
+    before, now = ({**made, **made.get("settings", {}), "settings": None} for made in (table, made_with))
+    differing = [key for key in now if before.get(key) != now[key]]
+    return ", ".join(f"{key}: {before.get(key)}, now {now[key]}" for key in differing)
+
+
+def shared_text(run: Any) -> dict[str, torch.Tensor]:
+    """Text for every purpose, also those that a row has no need of: so all rows of a seed have the same blocks."""
+    return replace(run.method, sparsity=0.1, score=("gates",), target_blocks=0.5).split(run)
 
 
 def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) -> FoldGPT:
@@ -111,6 +151,7 @@ def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) ->
         parent=args.parent,
         plan=args.plan,
         lora_rank=args.lora_rank,
+        scale=args.scale,
         gate_steps=args.gate_steps,
         gate_batch=args.gate_batch,
         calibration_samples=args.calibration,
@@ -118,6 +159,8 @@ def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) ->
         fold_samples=args.fold_samples,
         heal_steps=max(1, args.heal_steps),
         heal_lora_rank=args.heal_rank,
+        heal_lr=args.heal_lr,
+        heal_vector_lr=args.heal_vector_lr,
         batch_size=args.batch_size,
         hidden_weight=args.hidden_weight,
         tail_layers=args.tail_layers,
@@ -125,11 +168,9 @@ def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) ->
     )
 
 
-def prune(
-    method: FoldGPT, model: Any, tokenizer: Any, text: Any, table: dict[str, Any], out: Path
-) -> tuple[Any, Any, dict[str, Any]]:
-    """Remove and fold `model` in place: what the method's own `compress` does before it heals."""
-    run = method.start(model, tokenizer, text)
+def prune(run: Any, table: dict[str, Any], out: Path) -> tuple[Any, dict[str, Any]]:
+    """Remove and fold the run's model in place: what the method's own `compress` does before it heals."""
+    method, model = run.method, run.model
     dense = healing.aliased(model)
     began = time.monotonic()
     row: dict[str, Any] = {}
@@ -151,7 +192,7 @@ def prune(
     row["parameters"] = structure.total_parameters(model)
     row["stored_of_layers"] = structure.layer_parameters(model) / structure.layer_parameters(dense)
     row["stored_of_model"] = row["parameters"] / structure.total_parameters(dense)
-    return run, dense, row
+    return dense, row
 
 
 def greedy_prefix(method: FoldGPT, run: Any, table: dict[str, Any], out: Path) -> torch.Tensor:
@@ -161,10 +202,10 @@ def greedy_prefix(method: FoldGPT, run: Any, table: dict[str, Any], out: Path) -
     keep_U = torch.ones(len(units), dtype=torch.bool)
     keep_U[order] = False
     if units.removed_parameters(keep_U) < target:
-        protected_U = (units.layer_U < method.protect_first) | (units.layer_U >= units.num_layers - method.protect_last)
         _, found = greedy(
-            run.model, units, run.calibration, run.loss, target, protected_U=protected_U, batch_size=method.batch_size
-        )
+            run.model, units, run.calibration, run.loss, target, protected_U=ranking.protected(method, units),
+            batch_size=method.batch_size,
+        )  # fmt: skip
         order = [int(entry["unit"]) for entry in found]
         table["greedy"][str(method.seed)] = order
         write(out, table)
@@ -272,6 +313,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--out", default="results/fold-smollm2.json")
+    parser.add_argument("--work", help="folder for the state of the row under way (runs/NAME, by the name of --out)")
     parser.add_argument("--markdown", action="store_true", help="print the tables of an existing file and stop")
     parser.add_argument("--small", action="store_true", help="few steps and tokens, unless a flag says otherwise")
     parser.add_argument("--weigh", action="store_true", help="save unhealed rows; measure bytes, memory and speed")
@@ -289,7 +331,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parent", default="best")
     parser.add_argument("--plan", default="auto")
     parser.add_argument("--lora-rank", type=int, default=8, help="of what a folded layer keeps for itself")
+    parser.add_argument("--scale", action=argparse.BooleanOptionalAction, default=True, help="output scales too")
     parser.add_argument("--heal-steps", type=int, default=200)
+    parser.add_argument("--heal-lr", type=float, default=2e-4, help="of low-rank terms and adapters")
+    parser.add_argument("--heal-vector-lr", type=float, default=1e-3, help="of norms and scales")
     parser.add_argument("--heal-rank", type=int, default=8, help="of temporary adapters, in every row")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--hidden-weight", type=float, default=1.0)
