@@ -1,6 +1,7 @@
 """The maths of ATP, by hand: keep-probabilities, budget, costs, lasso, proximal step, the exact final mask."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentei import head_dims, structure
-from sentei.methods.atp import ATP, selection, wiring
+from sentei.methods.atp import ATP, health, ranks, selection, wiring
 from sentei.methods.atp.generator import Generator, binarise, budget_loss, gumbel, keep_probability
 from sentei.structure import KINDS, Units
 
@@ -173,13 +174,14 @@ class Handmade(wiring.Adapters):
 def test_lasso_on_hand_numbers():
     factor = nn.Parameter(torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
     adapters, mask = Handmade(factor), torch.tensor([0.0, 1.0])
-    assert 3 * adapters.level(mask) == pytest.approx(4.9999, abs=1e-6)
+    expected = {"lasso": 4.9999 / 3, "lasso_a": 0.0, "lasso_b": 4.9999 / 3}
+    assert adapters.levels(mask) == pytest.approx(expected, abs=1e-6)
     loss = 3 * adapters.lasso(mask)
     (slope,) = torch.autograd.grad(loss, factor)
     torch.testing.assert_close(slope, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     assert float(Handmade(factor, num_layers=2).lasso(mask).detach()) == pytest.approx(5 / 6, abs=1e-6)
     columns = nn.Parameter(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
-    assert 3 * Handmade(columns, dimension=1).level(mask) == pytest.approx(4.9999, abs=1e-6)
+    assert Handmade(columns, dimension=1).levels(mask)["lasso_a"] == pytest.approx(4.9999 / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(1.0, [2.4, 3.2]), (6.0, [0.0, 0.0])])
@@ -249,6 +251,26 @@ def test_uniform_has_one_count_for_all_layers():
     assert int(units.cost_U[keep].sum()) <= 124.8
 
 
+def test_uniform_gives_up_groups_for_the_floor_of_the_channels():
+    """The free choice keeps 2 and 1 of 3 groups, 1.5 on average; two in each layer would leave 2 channels of 3."""
+    units = toy_units(groups=3)
+    score = torch.zeros(len(units))
+    score[units.of(0, "heads")[:2]] = 1.0
+    made = floors(units, channels=3)
+    assert selection.counts(units, selection.top_k(score, units, 0.35, made))["heads"] == [2, 1]
+    keep = selection.uniform(score, units, 0.35, made)
+    assert selection.counts(units, keep) == {"heads": [1, 1], "channels": [4, 4]}
+    with pytest.raises(ValueError, match=r"sparsity 0\.70 cannot be reached"):
+        selection.uniform(score, units, 0.7, made)
+
+
+def test_uniform_keeps_everything_at_no_sparsity():
+    """Also where the width is no multiple of the step."""
+    units = toy_units(channels=5)
+    made = selection.Floors({"heads": 1, "channels": 2}, {"heads": 1, "channels": 2})
+    assert bool(selection.uniform(torch.zeros(len(units)), units, 0.0, made).all())
+
+
 def test_a_structure_below_its_floor_is_revived():
     units, logits = worked_example()
     keep = selection.revive(torch.zeros(len(units), dtype=torch.bool), logits, units, floors(units, channels=2))
@@ -271,6 +293,48 @@ def test_floors_hold_and_name_the_highest_sparsity():
     assert f"{held:.1%}" == "13.0%"
 
 
+# --- health, processes --------------------------------------------------------------------------------------------
+
+
+def alarms_of(prices, **changes):
+    freeze = {"kept_before": 0.6, "wanted": 0.6, "flips_fall": True, "undecided": 0.0, "misses_budget_by": 0.0,
+              "lasso": 1.0, "lasso_a": 1.0, "lasso_b": 0.0}  # fmt: skip
+    return health.alarms({"freeze": freeze | changes, "budget": prices, "peak_lasso": 1.0}, 300, "topk")
+
+
+@pytest.mark.parametrize(
+    ("prices", "word"),
+    [
+        ([0.5] * 30 + [0.005] * 70, ""),
+        ([0.5] * 30 + [0.005, 0.02] * 10 + [0.001] * 50, ""),  # one flip too many now and then
+        ([0.5] * 50 + [0.005] * 50, "not met within 40 %"),
+        ([0.5] * 100, "not met within 40 %"),
+        ([0.5] * 30 + [0.005] * 10 + [0.1] * 60, "met at decision 31 of 100 but not held"),
+    ],
+)
+def test_the_budget_is_met_early_and_held(prices, word):
+    found = alarms_of(prices)
+    assert [word in line for line in found] == [True] * bool(word)
+
+
+def test_only_b_can_still_work():
+    met = [0.0] * 10
+    assert alarms_of(met, lasso_a=0.9) == []
+    (line,) = alarms_of(met, lasso_b=0.2)
+    assert "lasso on B ended the control phase at 20%" in line
+
+
+def test_masks_that_differ_between_processes_stop_the_run(monkeypatch):
+    mask = torch.tensor([True, False, True])
+    ranks.check_same(mask)  # one process has nobody to differ from
+    monkeypatch.setattr(ranks, "processes", lambda: SimpleNamespace(num_processes=3, device="cpu"))
+    monkeypatch.setattr(ranks, "gather", lambda own: own.repeat(3))
+    ranks.check_same(mask)
+    monkeypatch.setattr(ranks, "gather", lambda own: torch.cat([own, own + 1, own]))
+    with pytest.raises(ValueError, match=r"the masks of the processes \[1\] differ from that of process 0"):
+        ranks.check_same(mask)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +345,8 @@ def test_floors_hold_and_name_the_highest_sparsity():
         ({"units": "neurons"}, "units is one of"),
         ({"shape": "padded"}, "shape is one of"),
         ({"units": "head-dims+channels", "shape": "uniform"}, "RoPE frequencies and attention scale"),
+        ({"shape": "uniform", "final_mask": "threshold"}, "shape=uniform counts units by rank"),
+        ({"mask": "none", "heal_steps": 5}, "nothing to heal"),
         ({"mask": "wanda"}, "mask is one of"),
         ({"zeroing": "never"}, "zeroing is one of"),
         ({"control_fraction": 1.0}, "needs steps of both phases"),

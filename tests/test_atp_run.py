@@ -20,6 +20,7 @@ from sentei.data.examples import Examples
 from sentei.data.prompts import make_row
 from sentei.distill import Distillation
 from sentei.methods.atp import ATP, selection, wiring
+from sentei.report import reading
 from sentei.train import Settings, shuffled, train
 
 TOY = {
@@ -33,7 +34,7 @@ SHORT = {
 ROOT = Path(__file__).parents[1]
 # Toy runs are too short to converge, which ATP says.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(the freeze|its peak|steps are few|was not met|changed sides|misses the)"
+    "ignore:.*(the freeze|lasso's peak|steps are few|was not met|not held|changed sides|misses the)"
 )
 
 
@@ -74,7 +75,7 @@ def without_times(record):
     """A record without what differs between two runs of the same computation."""
     record = copy.deepcopy(record)
     for entry in (record, *record["history"]):
-        for name in ("seconds", "generator_seconds"):
+        for name in ("seconds", "generator_seconds", "tuning_seconds"):
             entry.pop(name, None)
     return record
 
@@ -131,6 +132,43 @@ def test_meets_the_budget_finds_the_useless_and_empties_the_dropped(space, words
     assert_plain(model)
 
 
+def test_default_alpha_still_listens_to_the_loss(words, examples, taught, monkeypatch):
+    """Groups of a seventh of the parameters make alpha 5 pull to and fro; useless units rank below the others still."""
+    model = copy.deepcopy(taught)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::4] = 0
+    chosen = {}
+    top_k = selection.top_k
+
+    def look(logits, units, *rest, **more):
+        chosen.update(logits=logits, units=units)
+        return top_k(logits, units, *rest, **more)
+
+    monkeypatch.setattr(selection, "top_k", look)
+    fields = {"steps": 120, "control_fraction": 0.8, "lr": 1e-4, "round_channels": 1, "batch_size": 2}
+    how = short(sparsity=0.3, eval_every=12, **fields)
+    assert how.alpha == 5.0
+    record = how.compress(model, words, examples)
+    units, logits = chosen["units"], chosen["logits"]
+    channels = torch.stack([units.of(layer, "channels") for layer in range(2)])
+    useless = torch.zeros_like(channels, dtype=torch.bool)
+    useless[:, ::4] = True
+    assert logits[channels[useless]].mean() < logits[channels[~useless]].mean()
+    assert record["removed_of_prunable"] == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("ramp", [1 / 6, 0.5, 1.0])
+def test_the_ramp_empties_every_row_however_short_it_is(ramp, words, examples):
+    """1, 3 and 6 steps from A's random values: nothing is left to be set to zero at once."""
+    record = short(ramp=ramp, lr=1e-4).compress(toy(), words, examples)
+    assert record["freeze"]["lasso_a"] > 0.1
+    assert record["zeroing"]["largest_norm"] == 0.0 and record["zeroing"]["shrink"] > 4.0
+    frozen = [entry["lasso"] for entry in record["history"] if entry["phase"] == "frozen"]
+    assert frozen[round(ramp * 6) - 1 :] == [0.0] * (7 - round(ramp * 6))
+    assert frozen == sorted(frozen, reverse=True) and (frozen[0] > 0) == (ramp > 0.2)
+
+
 def test_same_seed_same_model(words, examples):
     first, again, other = toy(), toy(), toy()
     records = [short(seed=seed).compress(m, words, examples) for m, seed in ((first, 0), (again, 0), (other, 1))]
@@ -142,10 +180,10 @@ def test_same_seed_same_model(words, examples):
 
 
 @pytest.mark.parametrize("stop", [3, 8, 11])
-@pytest.mark.parametrize("zeroing", ["proximal", "beta"])
-def test_killed_and_resumed_is_never_killed(stop, zeroing, words, examples, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"zeroing": "beta"}, {"mask": "taylor"}, {"mask": "random"}], ids=str)
+def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, tmp_path):
     """Stops in the control phase, in the ramp, and after it."""
-    how = short(zeroing=zeroing, save_every=2, lora_dropout=0.1, ramp=0.5, log=str(tmp_path / "log.jsonl"))
+    how = short(**fields, save_every=2, lora_dropout=0.1, ramp=0.5, log=str(tmp_path / "log.jsonl"))
     whole, killed, resumed = toy(), toy(), toy()
     expected = how.compress(whole, words, examples)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -245,11 +283,47 @@ def test_checkpointing_gives_the_same_run(words, examples):
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), recomputed.parameters(), strict=True))
 
 
-def test_healing_by_the_tuned_dense_model(words, examples, tmp_path):
-    how = short(heal_steps=4)
+def test_micro_batches_are_one_larger_batch(words, examples):
+    whole, parts = toy(), toy()
+    records = [
+        short(lora_dropout=0.0, batch_size=4 // n, accumulate=n).compress(model, words, examples)
+        for model, n in ((whole, 1), (parts, 2))
+    ]
+    assert records[0]["kept"] == records[1]["kept"]
+    assert records[0]["lora_tokens"] == records[1]["lora_tokens"]
+    assert records[0]["slice_tokens"] == records[1]["slice_tokens"]
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("every", "checks"), [(1, 3), (3, 4), (5, 3)])
+def test_masks_are_compared_whatever_the_decisions_interval(every, checks, words, examples, monkeypatch):
+    from sentei.methods.atp import ranks, tuning
+
+    compared = []
+    monkeypatch.setattr(tuning, "CHECK_EVERY", 4)
+    monkeypatch.setattr(ranks, "check_same", lambda keep: compared.append(keep))
+    short(steps=24, control_every=every).compress(toy(), words, examples)
+    assert len(compared) == checks
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_weights_are_refused(name, words, examples, monkeypatch):
+    model, before = toy(), weights(toy())
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard; use plain data parallelism"):
+        short().compress(model, words, examples)
+    assert same(weights(model), before)
+    assert_plain(model)
+
+
+@pytest.mark.parametrize("mask", ["learned", "taylor"])
+def test_healing_by_the_tuned_dense_model(mask, words, examples, tmp_path):
+    how = short(heal_steps=4, mask=mask)
     whole, killed, resumed = toy(), toy(), toy()
     record = how.compress(whole, words, examples)
     assert record["heal"]["tokens"] > 0 and record["cut_against_masked"] <= 1e-4
+    assert record["heal"]["teacher_tokens"] == record["lora_tokens"]  # dense, but of the same rows and steps
     assert_plain(whole)
 
     def kill(event):
@@ -322,6 +396,13 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     assert first["ce"] == pytest.approx(one["ce"], abs=1e-5)
 
 
+def compared_accuracies(folder):
+    """Accuracies that parent and child share, conditions and all."""
+    report = reading.read(folder / "parent", [folder / "small"])
+    (child,) = report.children
+    return [key for key in report.parent_measurements if key in child.measurements and key[0] == "accuracy"]
+
+
 def test_from_the_command_line(words, tmp_path, capsys):
     toy().save_pretrained(tmp_path / "parent")
     words.save_pretrained(tmp_path / "parent")
@@ -339,10 +420,18 @@ def test_from_the_command_line(words, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path / "small"), "--domain", str(tmp_path / "test.jsonl")]) == 0
     measured = {m["metric"]: m for m in json.loads((tmp_path / "small" / "eval.json").read_text())}
     assert measured["accuracy"]["samples"] == 10 and measured["accuracy"]["chance"] == 0.5
+    assert (measured["accuracy"]["template"], measured["accuracy"]["seq_len"]) == ("plain", 60)
     page = tmp_path / "report.html"
+    measure = ["eval", str(tmp_path / "parent"), "--domain", str(tmp_path / "test.jsonl")]
+    assert cli.main(measure) == 0  # plain, 512 tokens: not what the child was measured with
+    assert not compared_accuracies(tmp_path)
+    assert cli.main([*measure, "--template", "plain", "--seq-len", "60"]) == 0
+    assert len(compared_accuracies(tmp_path)) == 1
     assert cli.main(["report", str(tmp_path / "parent"), str(tmp_path / "small"), "--out", str(page)]) == 0
     for drawn in ("ce and slice ce", "kept and wanted kept (dashed)", "lasso", "control steps are few"):
         assert drawn in page.read_text(), drawn
     capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "small"), "--data", "python-docs", "--seq-len", "60"]) == 2
+    assert "give --domain FILE" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path / "small"), "--domain", str(tmp_path / "train.jsonl")]) == 2
     assert "test prompts were seen in training" in capsys.readouterr().err

@@ -114,7 +114,7 @@ class ATP:
     eval_every: int | None = option(None, "frozen steps between measurements; none: ten in the phase", OURS)
     eval_rows: int = option(64, "held-out rows of one measurement", OURS)
     patience: int = option(3, "stop after so many measurements without a better one; 0: never", OURS)
-    heal_steps: int = option(0, "steps of distillation from a dense model tuned alike, which is trained first", OURS)
+    heal_steps: int = option(0, "steps of distillation from a dense model tuned alike, trained first", OURS)
     heal_weight: float = option(0.5, "of the KL term, against 1 - it of the cross-entropy", OURS)
     heal_temperature: float = option(2.0, "softens both distributions inside the KL term", OURS)
     precision: str = option("auto", "fp32, bf16 (base in bf16, LoRA in fp32), or auto: bf16 where the device has it")
@@ -171,6 +171,10 @@ class ATP:
                 "a plain architecture would recompute RoPE frequencies and attention scale for the new head size; use "
                 "shape heterogeneous"
             )
+        if self.shape == "uniform" and self.final_mask != "topk":
+            raise ValueError(f"shape=uniform counts units by rank; final_mask={self.final_mask} does not: use topk")
+        if self.heal_steps and self.mask == "none":
+            raise ValueError("mask=none removes nothing, so there is nothing to heal; leave heal_steps at 0")
         positive = ("accumulate", "lora_rank", "lr", "generator_lr", "temperature", "control_every", "round_channels",
                     "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature")  # fmt: skip
         for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every"):
@@ -209,8 +213,11 @@ class ATP:
             workdir: checkpoints of the run go here, and one found here is continued.
             report: called after each optimiser step.
         Returns:
-            the record: "kept", parameters removed, "freeze" (how the final mask was found), "zeroing", "verified" (the
-            largest difference between the cut model and the masked one), tokens, seconds, "history", "seen_prompts".
+            the record: "kept", parameters removed, "freeze" (how the final mask was found), "zeroing",
+            "cut_against_masked" (the largest difference of a logit between the cut model and the masked one in fp32,
+            divided by the largest logit where that is above 1), "cut_against_masked_absolute" (not divided),
+            "cast_against_masked" (divided; the cut model in its own dtype), tokens, seconds ("tuning_seconds": of the
+            loop alone), "history", "seen_prompts".
         Raises:
             ValueError: a field, the rows, the model or the budget cannot work; a loss that is not finite; a cut model
                 that differs from the masked one. The model is as it was then, but for the last.
@@ -247,15 +254,16 @@ class ATP:
         run: Tuning | None = None
         try:
             wiring.probe(model, units, rows, book, torch.tensor([data.train.ids[0][:16]]))
-            if self.heal_steps and self.mask == "learned":
-                self._tune_teacher(model, units, floors, rows, book, data, precision, workdir, report)
+            taught = 0
+            if self.heal_steps:
+                taught = self._tune_teacher(model, units, floors, rows, book, data, precision, workdir, report)
             run = Tuning(
                 self, model, units, floors, book, wiring.Adapters(model, units, rows), data, precision, workdir, report
             )
             account = run.run()
             keep_U = run.state["keep"]
-            if self.heal_steps and self.mask == "learned":
-                account["heal"] = self._heal(run, model, book, report)
+            if self.heal_steps:
+                account["heal"] = {**self._heal(run, model, book, report), "teacher_tokens": taught}
             _cast(model, torch.float32)  # merged and compared in full precision, rounded once
             dropped = self.mask != "none"
             checks = [torch.tensor([ids[:VERIFY_TOKENS]], device=device) for ids in data.train.ids[:8]]
@@ -269,9 +277,9 @@ class ATP:
         book.remove()
         lora.detach(model, adapted)
         self.remove(model, units, keep_U)
-        difference = _compare(_logits(model, checks), expected)
+        difference, absolute = _compare(_logits(model, checks), expected)
         _restore(model, before)
-        rounded = _compare(_logits(model, checks), expected, limit=math.inf)
+        rounded, _ = _compare(_logits(model, checks), expected, limit=math.inf)
         after = structure.layer_parameters(model), structure.total_parameters(model)
         for alarm in account["warnings"]:
             warnings.warn(alarm, stacklevel=2)
@@ -286,6 +294,7 @@ class ATP:
             "removed_of_layers": 1 - after[0] / sizes[0],
             "removed_of_model": 1 - after[1] / sizes[1],
             "cut_against_masked": difference,
+            "cut_against_masked_absolute": absolute,
             "cast_against_masked": rounded,
             "precision": precision,
             "processes": processes().num_processes,
@@ -363,13 +372,17 @@ class ATP:
         precision: str,
         workdir: Path | None,
         report: Progress | None,
-    ) -> None:
-        """Tune the dense model on the same rows and steps, and keep the result as a second adapter, "teacher"."""
+    ) -> int:
+        """Tune the dense model on the same rows and steps, and keep the result as a second adapter, "teacher".
+
+        Returns:
+            tokens it has learned from.
+        """
         initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         dense = replace(self, mask="none", heal_steps=0, log=None)
         folder = workdir / "teacher" if workdir else None
         adapters = wiring.Adapters(model, units, rows)
-        Tuning(dense, model, units, floors, book, adapters, data, precision, folder, report).run()
+        account = Tuning(dense, model, units, floors, book, adapters, data, precision, folder, report).run()
         tuned = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         wiring.add_adapter(model, rows, "teacher", rank=self.lora_rank, alpha=self.lora_alpha or self.lora_rank)
         with torch.no_grad():
@@ -378,6 +391,7 @@ class ATP:
                     p.copy_(initial[name])
                 elif ".teacher." in name:
                     p.copy_(tuned[name.replace(".teacher.", ".default.")])
+        return account["lora_tokens"]
 
     def _heal(self, run: Tuning, model: Any, book: wiring.MaskBook, report: Progress | None) -> dict[str, Any]:
         before, tokens = run.held_loss(), 0
@@ -427,19 +441,22 @@ def _logits(model: Any, inputs: list[Tensor]) -> list[tuple[Tensor, ...]]:
     return found
 
 
-def _compare(cut: list[tuple[Tensor, ...]], masked: list[tuple[Tensor, ...]], limit: float = VERIFY_TOLERANCE) -> float:
-    """Largest difference of the logits, relative to logits above 1.
+def _compare(
+    cut: list[tuple[Tensor, ...]], masked: list[tuple[Tensor, ...]], limit: float = VERIFY_TOLERANCE
+) -> tuple[float, float]:
+    """Largest difference of the logits: relative to the largest logit of an input where that is above 1, and absolute.
 
     Raises:
-        ValueError: above the limit; says from which layer on.
+        ValueError: the relative one is above the limit; says from which layer on.
     """
     pairs = [(a[-1], b[-1]) for a, b in zip(cut, masked, strict=True)]
-    difference = max(float((a - b).abs().max()) / max(1.0, float(b.abs().max())) for a, b in pairs)
-    if not difference <= limit:
+    gaps = [float((a - b).abs().max()) for a, b in pairs]
+    relative = [gap / max(1.0, float(b.abs().max())) for gap, (_, b) in zip(gaps, pairs, strict=True)]
+    if not all(part <= limit for part in relative):  # also where one is not a number
         layers = [float((a.float() - b.float()).abs().max()) for a, b in zip(cut[0], masked[0], strict=True)]
         first = next((i for i, d in enumerate(layers[:-1]) if not d <= limit), len(layers) - 1)
         raise ValueError(
-            f"cut and masked model differ by {difference:.2g} (limit {limit:g}), first at layer {first}; "
-            "the state of the run is kept, no final model was written"
+            f"cut and masked model differ by {max(relative):.2g} of the largest logit (limit {limit:g}), first at "
+            f"layer {first}; the state of the run is kept, no final model was written"
         )
-    return difference
+    return max(relative), max(gaps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sentei import structure
 from sentei.distill import Distillation
+from sentei.methods import settings as settings_of
 from sentei.methods.atp.tuning import Tuning
 from sentei.methods.atp.wiring import MaskBook
 from sentei.train import Settings, Step, evaluating, mix, train
@@ -39,7 +39,12 @@ def heal(
     batches = tuning.data.batches(tuning.data.train, settings.seed)
     with tuning.book.using("full", keep_U.float()):
         steps_made = train(
-            tuning.model, batches, loss, settings, folder=folder, fingerprint=repr(asdict(method) | {"log": None})
+            tuning.model,
+            batches,
+            loss,
+            settings,
+            folder=folder,
+            fingerprint=repr(settings_of(method) | {"save_every": 0}),
         )
         try:
             with closing(steps_made):

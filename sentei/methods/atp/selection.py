@@ -108,33 +108,35 @@ def top_k(score_U: Tensor, units: Units, sparsity: float, floors: Floors, *, by_
 def uniform(score_U: Tensor, units: Units, sparsity: float, floors: Floors) -> Tensor:
     """As `top_k`, with one count per kind in all layers, so that a stock architecture can hold the result.
 
-    The count of everything but channels is the rounded mean of the free choice; channels then take the largest multiple
-    of their step that fits.
+    The count of everything but channels is the rounded mean of the free choice, or less where that would leave the
+    channels below their floor; channels then take the largest multiple of their step that fits.
 
     Raises:
-        ValueError: the layers differ already.
+        ValueError: the layers differ already, or the floors alone are above the budget.
     """
+    check_reachable(units, sparsity, floors)
     free_U = top_k(score_U, units, sparsity, floors)
     keep_U = torch.zeros(len(units), dtype=torch.bool)
     left = budget_of(units, sparsity)
-    for kind in sorted(units.granularity, key=lambda kind: kind == "channels"):
+    kinds = sorted(units.granularity, key=lambda kind: kind == "channels")
+    size, cost = {}, {}  # of each kind: units in a layer, and what one in every layer costs
+    for kind in kinds:
         sizes = {len(units.of(layer, kind)) for layer in range(units.num_layers)}
         if len(sizes) > 1:
             raise ValueError(f"shape=uniform needs layers of equal size; {kind} differ already: use heterogeneous")
-        (size,) = sizes
-        cost = int(units.cost_U[units.of(0, kind)[0]]) * units.num_layers
-        if kind == "channels":
-            step = floors.step[kind]
-            count = min(size, int(left // (cost * step)) * step)
-            if count < floors.least[kind]:
-                raise ValueError(
-                    f"sparsity {sparsity} leaves {max(count, 0)} channels per layer, fewer than the floor of "
-                    f"{floors.least[kind]}; lower sparsity, or use shape=heterogeneous"
-                )
-        else:
+        (size[kind],) = sizes
+        cost[kind] = int(units.cost_U[units.of(0, kind)[0]]) * units.num_layers
+    least = {kind: min(floors.least[kind], size[kind]) for kind in kinds}
+    for number, kind in enumerate(kinds):
+        step, room = floors.step[kind], left - sum(least[later] * cost[later] for later in kinds[number + 1 :])
+        count = size[kind]
+        if kind != "channels":
             mean = int(free_U[units.kind_U == KINDS.index(kind)].sum()) / units.num_layers
-            count = max(floors.least[kind], min(size, round(mean / floors.step[kind]) * floors.step[kind]))
-        left -= count * cost
+            count = min(count, round(mean / step) * step)
+        if count * cost[kind] > room:
+            count = int(room // (cost[kind] * step)) * step
+        count = max(least[kind], count)
+        left -= count * cost[kind]
         for layer in range(units.num_layers):
             of = units.of(layer, kind)
             keep_U[of[torch.sort(score_U[of].double(), descending=True, stable=True).indices[:count]]] = True

@@ -7,29 +7,24 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast, gather, reduce
 from torch import Tensor, nn
 
-from sentei import structure
 from sentei.data import prompts
 from sentei.distill import Distillation, held_out
 from sentei.methods import Progress
 from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
-from sentei.methods.atp import selection
+from sentei.methods.atp import gradients, health, ranks, selection
 from sentei.methods.atp.wiring import Adapters, MaskBook
 from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
 from sentei.train import (
-    IGNORE,
     Batch,
     Batches,
     Settings,
@@ -47,6 +42,8 @@ if TYPE_CHECKING:
     from sentei.methods.atp import ATP
 
 MOST_HISTORY = 400  # entries in the record; the log file has every step
+CHECK_EVERY = 50  # control steps between two checks that all processes have the same mask
+SHRINK_MARGIN = 2.0  # the ramp can take away so many times the largest dropped norm
 
 
 @dataclass(frozen=True)
@@ -115,6 +112,7 @@ class Tuning:
             "budget": [],
             "slice_tokens": 0,
             "generator_seconds": 0.0,
+            "begin_seconds": 0.0,
             "best": None,
             "best_loss": None,
             "best_step": None,
@@ -154,8 +152,12 @@ class Tuning:
         if method.checkpointing:  # the generator's first step comes before the loop that would switch it on
             recompute_activations(self.model)
         with self.book.using("off" if method.mask == "none" else "base", self._mask()):
-            if not resuming:
+            # A fixed mask is made, and its rows are zeroed, before `train` looks at the weights it starts from: on
+            # resuming too. It is the same each time.
+            if not resuming or not self.control_steps:
+                begun = time.monotonic()
                 self._begin()
+                self.state["begin_seconds"] = time.monotonic() - begun
             steps = train(
                 self.model,
                 self.data.batches(self.data.train, method.seed),
@@ -208,7 +210,7 @@ class Tuning:
         state, stop = self.state, False
         entry: dict[str, Any] = {"step": step.step, "phase": state["phase"], "ce": step.losses["ce"]}
         if state["phase"] == "control":
-            entry |= state["last"] | {"lasso": self.adapters.level(self._mask())}
+            entry |= state["last"] | self.adapters.levels(self._mask())
             state["peak_lasso"] = max(state["peak_lasso"], entry["lasso"])
         entry |= {"lora_tokens": step.tokens, "slice_tokens": state["slice_tokens"], "seconds": step.seconds}
         if state["phase"] == "control":
@@ -219,7 +221,7 @@ class Tuning:
         else:
             stop = self._frozen(step, entry)
             if self.method.mask != "none":
-                entry["lasso"] = self.adapters.level(self._mask())
+                entry |= self.adapters.levels(self._mask())
         if self.control_steps:
             state["generator"] = self.generator.state_dict()
             state["generator_optimizer"] = self.generator_optimizer.state_dict()
@@ -256,7 +258,7 @@ class Tuning:
         noise_U = decisions.gumbel(len(self.units), method.seed, "generator", step)
         soft_U, hard_U = decisions.binarise(logits_U, noise_U, method.temperature, method.offset)
         forward_U = hard_U if method.mask_in_loss == "hard" else soft_U
-        ce, gradient_U, tokens = self._mask_gradient(self._shared(forward_U.detach()), step)
+        ce, gradient_U, tokens = self._mask_gradient(ranks.shared(forward_U.detach()), step)
         cost_U = self.units.cost_U.float()
         kept = (hard_U * cost_U).sum() / cost_U.sum()
         price = decisions.budget_loss(kept, 1 - method.sparsity)
@@ -275,8 +277,8 @@ class Tuning:
             for kind in self.units.granularity
         }
         self._set_mask(keep_U)
-        if step % 50 == 0:
-            self._check_ranks()
+        if step // method.control_every % max(1, CHECK_EVERY // method.control_every) == 0:
+            ranks.check_same(keep_U)
         state = self.state
         state["flips"].append(sum(flips.values()))
         state["budget"].append(float(price.detach()))
@@ -296,37 +298,14 @@ class Tuning:
         }
 
     def _mask_gradient(self, mask_U: Tensor, step: int) -> tuple[float, Tensor, int]:
-        """Cross-entropy of the slice's next batches under a mask, and its gradient with respect to the mask, [U].
-
-        The model is called unwrapped, with dropout off, and no parameter gets a gradient.
-        """
+        """Cross-entropy of the slice's next batches under a mask, its gradient [U] and the number of targets."""
         assert self.slice_batches is not None
         method, world, rank = self.method, self.processes.num_processes, self.processes.process_index
         first = step // method.control_every * method.accumulate * world
-        numbers = range(first + rank, first + method.accumulate * world, world)
-        micro = [{name: x.to(self.device) for name, x in self.slice_batches(n).items()} for n in numbers]
-        counts = [int((batch["targets"] != IGNORE).sum()) for batch in micro]
-        total = int(self._sum(torch.tensor(float(sum(counts)))))
-        leaf_U = mask_U.to(self.device).requires_grad_()
-        gradient_U, ce = torch.zeros(len(mask_U)), torch.zeros(())
-        with self._inference_mode_of_modules():
-            for batch, count in zip(micro, counts, strict=True):
-                with self.book.using("full", leaf_U):
-                    with autocast(self.precision, self.device):
-                        found = Distillation()(self.model, batch)
-                    (grad_U,) = torch.autograd.grad(found["loss"] * (count / total), leaf_U)
-                gradient_U += grad_U.float().cpu()
-                ce += found["ce"].float().cpu() * (count / total)
-        return float(self._sum(ce)), self._sum(gradient_U), total
-
-    @contextmanager
-    def _inference_mode_of_modules(self) -> Iterator[None]:
-        """Dropout off; yet transformers recomputes activations in blocks that are in train mode only."""
-        with evaluating(self.model):
-            if self.method.checkpointing:
-                for layer in structure.layers(self.model):
-                    layer.training = True
-            yield
+        micro = [self.slice_batches(n) for n in range(first + rank, first + method.accumulate * world, world)]
+        return gradients.mask_gradient(
+            self.model, self.book, mask_U, micro, self.precision, checkpointing=method.checkpointing
+        )
 
     def _sample(self, step: int) -> tuple[Tensor, float]:
         """A hard mask without the network's dropout and with fresh noise, and the fraction of parameters it keeps."""
@@ -334,7 +313,7 @@ class Tuning:
         noise_U = decisions.gumbel(len(self.units), self.method.seed, "sample", step)
         soft_U, _ = decisions.binarise(logits_U, noise_U, self.method.temperature, self.method.offset)
         keep_U = selection.revive(soft_U >= 0.5, logits_U, self.units, self.floors)
-        keep_U = self._shared(keep_U.to(torch.uint8)).bool()
+        keep_U = ranks.shared(keep_U.to(torch.uint8)).bool()
         return keep_U, self._fraction(keep_U)
 
     # --- the freeze, and what follows -----------------------------------------------------------------------------
@@ -353,13 +332,13 @@ class Tuning:
             keep_U = selection.uniform(logits_U, units, method.sparsity, self.floors)
         else:
             keep_U = selection.top_k(logits_U, units, method.sparsity, self.floors)
-        keep_U = self._shared(keep_U.to(torch.uint8)).bool()
+        keep_U = ranks.shared(keep_U.to(torch.uint8)).bool()
         undecided_U = (probability_U > 0.05) & (probability_U < 0.95)
         fifth = max(1, len(state["flips"]) // 5)
         early, late = sum(state["flips"][:-fifth][-fifth:]), sum(state["flips"][-fifth:])
         state["freeze"] = {
             "step": step,
-            "lasso": self.adapters.level(self._mask()),
+            **self.adapters.levels(self._mask()),
             "kept_before": self._fraction(threshold_U),
             "kept_last_sample": self._fraction(state["keep"]),
             "kept": self._fraction(keep_U),
@@ -373,8 +352,19 @@ class Tuning:
         state["phase"] = "frozen"
         if method.zeroing == "immediate":
             state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
+        elif self.ramp:
+            state["zeroing"]["shrink"] = self._shrink()
         if not self._live:
             self.adapters.lock(self._keep())
+
+    def _shrink(self) -> float:
+        """How much faster rows shrink at the end of the ramp than Adam can move them: `shrink`, or what it takes.
+
+        Over the ramp's t = 1 .. n a row of r elements loses lr sqrt(r) (1 + shrink t / n) per step. The ones stand
+        against Adam; the rest, lr sqrt(r) shrink (n + 1) / 2, must outweigh the largest norm that is to go.
+        """
+        norm, per_step = self.adapters.largest(self._keep()), self.method.lr * self.method.lora_rank**0.5
+        return max(self.method.shrink, SHRINK_MARGIN * 2 * norm / (per_step * (self.ramp + 1)))
 
     def _frozen(self, step: Step, entry: dict[str, Any]) -> bool:
         """Shrink dropped rows, lock those at zero; after the ramp measure on held-out rows."""
@@ -382,9 +372,9 @@ class Tuning:
         done = step.step - self.control_steps
         keep_U = self._keep()
         if method.mask != "none" and not self._live:
-            if done < self.ramp:
-                self.adapters.shrink(keep_U, step.lr * (1 + method.shrink * done / self.ramp))
-            else:  # also after the ramp: Adam's momentum moves rows whose gradient is masked
+            if done <= self.ramp:
+                self.adapters.shrink(keep_U, step.lr * (1 + state["zeroing"]["shrink"] * done / self.ramp))
+            if done >= self.ramp:  # also after the ramp: Adam's momentum moves rows whose gradient is masked
                 largest = self.adapters.zero(keep_U)
                 if done == max(self.ramp, 1):
                     state["zeroing"].setdefault("largest_norm", largest)
@@ -420,43 +410,14 @@ class Tuning:
             "lora_tokens": last.get("lora_tokens", 0),
             "slice_tokens": state["slice_tokens"],
             "generator_seconds": state["generator_seconds"],
+            "tuning_seconds": state["begin_seconds"] + last.get("seconds", 0.0),
             "best_step": state["best_step"],
             "validation_loss": state["best_loss"],
             "freeze": state["freeze"],
             "zeroing": state["zeroing"],
-            "warnings": self._alarms(),
+            "warnings": health.alarms(state, self.control_steps, self.method.final_mask),
             "history": state["history"],
         }
-
-    def _alarms(self) -> list[str]:
-        """How this run differs from a healthy one: what to mend before its result is trusted."""
-        state, freeze, method = self.state, self.state["freeze"], self.method
-        if not freeze:
-            return []
-        alarms = []
-        if abs(freeze["kept_before"] - freeze["wanted"]) > 0.02:
-            alarms.append(
-                f"the generator kept {freeze['kept_before']:.3f} of the parameters at the freeze, "
-                f"{freeze['wanted']:.3f} were wanted: logits that were not trained far enough decide the rest. Give "
-                "more steps, or raise generator_lr"
-            )
-        if not any(price < 0.01 for price in state["budget"][: max(1, math.ceil(0.4 * len(state["budget"])))]):
-            alarms.append("the budget was not met within 40 % of the control phase: give more steps")
-        if self.control_steps < 200:
-            alarms.append(f"{self.control_steps} control steps are few; the authors' runs met the budget after 150")
-        if not freeze["flips_fall"]:
-            alarms.append("units still changed sides as often in the last fifth of the control phase as before it")
-        if freeze["undecided"] > 0.02:
-            alarms.append(f"{freeze['undecided']:.1%} of the units were undecided at the freeze (healthy: below 2 %)")
-        last = freeze["lasso"]
-        if last > 0.1 * state["peak_lasso"]:
-            alarms.append(
-                f"the lasso ended the control phase at {last / state['peak_lasso']:.0%} of its peak: rows of dropped "
-                "units still work; raise beta or give more steps"
-            )
-        if method.final_mask != "topk" and abs(freeze["misses_budget_by"]) > 0:
-            alarms.append(f"final_mask={method.final_mask} misses the budget by {freeze['misses_budget_by']:+.2%}")
-        return alarms
 
     @torch.no_grad()
     def forward_gap(self) -> float:
@@ -475,7 +436,7 @@ class Tuning:
         batches = (self.data.batch(self.data.held, [*rows[start : start + size]]) for start in rows[::size])
         with self.book.using("off" if self.method.mask == "none" else "full", self._mask()):
             found = held_out(self.model, batches, self.precision)["ce"]
-        return float(self._shared(torch.tensor(found, dtype=torch.double)))
+        return float(ranks.shared(torch.tensor(found, dtype=torch.double)))
 
     def _fixed_mask(self) -> Tensor:
         """The mask of the baselines: by Taylor scores of the untuned model, or by chance."""
@@ -483,25 +444,15 @@ class Tuning:
         if method.mask == "random":
             score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(mix(method.seed, "random")))
         else:
-            score_U = self.taylor()
+            batches = self.data.batches(self.data.train, method.seed)
+            score_U = gradients.taylor(
+                self.model, self.book, len(units), batches, self.precision, checkpointing=method.checkpointing
+            )
         if method.shape == "uniform":
             return selection.uniform(score_U, units, method.sparsity, self.floors)
         return selection.top_k(score_U, units, method.sparsity, self.floors, by_kind=True)
 
-    def taylor(self, num_batches: int = 10) -> Tensor:
-        """Sum over batches of |dCE/dm| at m = 1, on training rows, [U]."""
-        batches, score_U = self.data.batches(self.data.train, self.method.seed), torch.zeros(len(self.units))
-        leaf_U = torch.ones(len(self.units), device=self.device, requires_grad=True)
-        with self._inference_mode_of_modules():
-            for n in range(num_batches):
-                batch = {name: x.to(self.device) for name, x in batches(n).items()}
-                with self.book.using("full", leaf_U):
-                    with autocast(self.precision, self.device):
-                        loss = Distillation()(self.model, batch)["loss"]
-                    score_U += torch.autograd.grad(loss, leaf_U)[0].abs().float().cpu()
-        return self._sum(score_U)
-
-    # --- masks, processes, words ----------------------------------------------------------------------------------
+    # --- masks and words ------------------------------------------------------------------------------------------
 
     def _set_mask(self, keep_U: Tensor) -> None:
         self.state["keep"] = keep_U.cpu()
@@ -519,28 +470,6 @@ class Tuning:
 
     def _fraction(self, keep_U: Tensor) -> float:
         return int(self.units.cost_U[keep_U].sum()) / self.units.total
-
-    def _shared(self, tensor: Tensor) -> Tensor:
-        """What the first process has, on all of them: masks that differ would never let the lasso fall."""
-        if self.processes.num_processes == 1:
-            return tensor
-        moved = tensor.to(self.processes.device)
-        return broadcast(moved, from_process=0).to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        if self.processes.num_processes == 1:
-            return tensor
-        moved = tensor.to(self.processes.device)
-        return reduce(moved, "sum").to(tensor.device)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _check_ranks(self) -> None:
-        if self.processes.num_processes == 1:
-            return
-        own = zlib.crc32(self.state["keep"].numpy().tobytes())
-        sums = gather(torch.tensor([own], device=self.processes.device))
-        different = [rank for rank, other in enumerate(sums.tolist()) if other != sums[0]]  # pyright: ignore
-        if different:
-            raise ValueError(f"the masks of the processes {different} differ from that of process 0; the run stops")
 
     def _not_finite(self, what: str) -> str:
         kept = f"; the last good state is in {self.workdir}" if self.workdir else ""

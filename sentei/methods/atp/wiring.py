@@ -281,14 +281,19 @@ class Adapters:
         return total / (3 * self.num_layers)
 
     @torch.no_grad()
-    def level(self, mask_U: Tensor) -> float:
-        """The lasso without the constant of its root: 0 when every dropped row is zero."""
+    def levels(self, mask_U: Tensor) -> dict[str, float]:
+        """The lasso without the constant of its root, 0 when every dropped row is zero: whole, and of A and B alone.
+
+        B starts at zero; where it is zero again, nothing reaches the dropped columns of A. These start at random
+        values, which the lasso needs more steps for than a short run has.
+        """
         dropped_U = 1.0 - mask_U.float()
-        total = 0.0
+        total = {0: 0.0, 1: 0.0}
         for factor, dimension, unit_R in self.rows:
             excess_R = (factor.square().sum(1 - dimension) + 1e-8).sqrt() - 1e-4
-            total += float((excess_R * dropped_U[unit_R]).sum())
-        return max(0.0, total) / (3 * self.num_layers)
+            total[dimension] += float((excess_R * dropped_U[unit_R]).sum())
+        b, a = (max(0.0, total[dimension]) / (3 * self.num_layers) for dimension in (0, 1))
+        return {"lasso": a + b, "lasso_a": a, "lasso_b": b}
 
     @torch.no_grad()
     def lock(self, keep_U: Tensor) -> None:
@@ -324,12 +329,19 @@ class Adapters:
             factor.mul_(scale_R.unsqueeze(1 - dimension))
 
     @torch.no_grad()
-    def zero(self, keep_U: Tensor) -> float:
-        """Set every dropped row to zero; the largest norm among those that were not."""
-        largest = 0.0
+    def largest(self, keep_U: Tensor) -> float:
+        """The largest norm among dropped rows."""
+        found = 0.0
         for factor, dimension, unit_R in self.rows:
             dropped_R = ~keep_U.bool()[unit_R]
             if bool(dropped_R.any()):
-                largest = max(largest, float(factor.norm(dim=1 - dimension)[dropped_R].max()))
-            factor.mul_((~dropped_R).to(factor.dtype).unsqueeze(1 - dimension))
+                found = max(found, float(factor.norm(dim=1 - dimension)[dropped_R].max()))
+        return found
+
+    @torch.no_grad()
+    def zero(self, keep_U: Tensor) -> float:
+        """Set every dropped row to zero; the largest norm among those that were not."""
+        largest = self.largest(keep_U)
+        for factor, dimension, unit_R in self.rows:
+            factor.mul_(keep_U.bool()[unit_R].to(factor.dtype).unsqueeze(1 - dimension))
         return largest
