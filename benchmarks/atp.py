@@ -1,7 +1,9 @@
 """ATP beside its rivals on domain rows: one row per method, sparsity and seed, same data, LoRA rank and tokens.
 
     python benchmarks/atp.py --data pubmedqa --out results/atp-pubmedqa.json --sparsity 0.4 --seeds 3
+    python benchmarks/atp.py --out results/atp-pubmedqa.json --overhead 3
     python benchmarks/atp.py --out results/atp-pubmedqa.json --markdown
+    python benchmarks/atp.py --data pubmedqa --rows .         # the rows as pubmedqa-train.jsonl, pubmedqa-test.jsonl
 
     dense             the untuned model
     dense-lora        tuned, nothing removed: the 100 % row
@@ -9,31 +11,39 @@
     fixed-mask        ATP's own LoRA with a Taylor mask, cut from step 0: what is left without learning the mask
     random-mask       the same with random units
     atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
+    fixed-mask-healed the same teacher and tokens for the Taylor mask
     atp-last-sample, atp-threshold    the method with the final mask of the authors' code, or P(keep) >= 0.5
     atp-head-dims     the method inside heads
 
-Rows are appended as they are made; a second run makes the missing ones. `--tokens all` gives the rivals the tokens that
-ATP's generator read on top, and the generator's rows. Data sets are read from ../shared/data, or any file of rows by
-`--train` and `--test`. Test rows are never trained on: a prompt on both sides is refused.
+Rows are appended as they are made; a second run makes the missing ones, and refuses a file of other settings. `--tokens
+all` gives the rivals the tokens that ATP's generator read on top, and the generator's rows. Data sets are read from
+../shared/data, or any file of rows by `--train` and `--test`. Test rows are never trained on: a prompt on both sides is
+refused. `--overhead N` trains dense LoRA and ATP in turns, N times, each in a process of its own, for the ratios of
+time and memory; the seconds of the table's rows hold pruning and whatever else the machine did.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gzip
+import hashlib
 import json
+import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tables
 import torch
+from domains import READ, rows_of, write_rows
 from tables import spread
 
 from sentei import checkpoint, structure
@@ -43,37 +53,50 @@ from sentei.evaluate import domain
 from sentei.methods.atp import ATP
 from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
+from sentei.recipe import find_model
+from sentei.train import resolve_precision
 
-SHARED = Path("../shared/data")
 TWO_STAGE = ("taylor", "wanda", "policy-gradient")
 METHODS = ("dense", "dense-lora", *TWO_STAGE, "fixed-mask", "random-mask", "atp", "atp-healed")
-MORE = ("atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform")
+MORE = ("fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform")
 WHOLE = ("dense", "dense-lora")
+# Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
+NO_SETTINGS = (
+    "out", "markdown", "sparsity", "methods", "seeds", "verbose", "rows", "overhead", "overhead_steps", "overhead_of",
+    "model", "data", "train", "test",
+)  # fmt: skip
 
 
 def main() -> None:
     args = arguments()
     out = Path(args.out)
-    if args.markdown:
+    if args.rows:
+        write_rows(Path(args.rows), args)
+    elif args.overhead_of:
+        print(json.dumps(train_alone(args.overhead_of, args)))
+    elif args.markdown:
         print(markdown(json.loads(out.read_text())))
-        return
+    else:
+        measure(out, args)
+
+
+def measure(out: Path, args: argparse.Namespace) -> None:
+    """Make the rows that the table does not have yet, or its overhead."""
     warnings.filterwarnings("ignore", category=UserWarning, module="__main__")
-    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     train, test = rows_of(args)
     prompts.check_unseen(test, prompts.seen(train))
-    settings = {
-        name: getattr(args, name)
-        for name in ("steps", "batch_size", "seq_len", "template", "loss_on", "tokens", "heal_steps", "search_steps")
-    }
+    table = resumed(out, settings_of(args, model, train, test))
     table |= {
-        "model": Path(args.model).name,
-        "data": {"name": args.data or Path(args.train).name, "train": len(train), "test": len(test)},
-        "settings": settings,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__},
     }
+    if args.overhead:
+        del model
+        table["overhead"] = overhead(args)
+        tables.write(out, table)
+        print(overhead_in_words(table["overhead"]))
+        return
     made = {(row["method"], row["sparsity"], row["seed"]) for row in table["rows"]}
     for seed in range(args.seeds):
         for sparsity in (0.0, *args.sparsity):
@@ -85,6 +108,65 @@ def main() -> None:
                 table["rows"].append(row)
                 tables.write(out, table)
                 print(json.dumps({key: row[key] for key in row if key != "history"}), flush=True)
+
+
+def settings_of(
+    args: argparse.Namespace, model: Any, train: list[prompts.Row], test: list[prompts.Row]
+) -> dict[str, Any]:
+    """Everything that must be equal for two rows to stand in one table."""
+    digest = hashlib.sha256(json.dumps([train, test], sort_keys=True).encode()).hexdigest()[:16]
+    name = Path(args.train).name if args.train else args.data
+    return {
+        "model": {"name": Path(args.model).name, "parameters": structure.total_parameters(model)},
+        "data": {"name": name, "train": len(train), "test": len(test), "answers": answers(test), "sha256": digest},
+        "settings": {name: value for name, value in vars(args).items() if name not in NO_SETTINGS},
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def resumed(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """The table in a file, or an empty one.
+
+    Raises:
+        SystemExit: its rows were made with other settings; says which.
+    """
+    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    if not table["rows"] and "overhead" not in table:
+        return table | asked
+    different = []
+    for part, value in asked.items():
+        old = table.get(part)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            old, value = {part: old}, {part: value}
+        for name in dict.fromkeys([*old, *value]):
+            if old.get(name) != value.get(name):
+                different.append(f"{name} {old.get(name)!r} there, {value.get(name)!r} here")
+    if different:
+        raise SystemExit(f"{out} was made with other settings ({'; '.join(different)}); give another --out")
+    return table
+
+
+def answers(rows: list[prompts.Row]) -> list[int] | None:
+    """How often each choice is the answer, where all multiple-choice rows have the same choices."""
+    asked = [row for row in rows if row["kind"] == "choices"]
+    if len({tuple(row["choices"]) for row in asked}) != 1:
+        return None
+    return [sum(row["answer"] == number for row in asked) for number in range(len(asked[0]["choices"]))]
+
+
+def method_of(args: argparse.Namespace, sparsity: float, seed: int) -> ATP:
+    return ATP(
+        sparsity=sparsity, steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, template=args.template,
+        loss_on=args.loss_on, seed=seed, patience=0, lr=args.lr, generator_lr=args.generator_lr,
+        lora_rank=args.rank, eval_rows=args.eval_rows, slice_rows=args.slice_rows, control_every=args.control_every,
+    )  # fmt: skip
+
+
+def parts_of(train: list[prompts.Row], name: str) -> Examples:
+    """Training rows and a twentieth to choose the best step on."""
+    held = prompts.hold_out(train, max(8, len(train) // 20), 0)[1]
+    rest = [row for i, row in enumerate(train) if i not in set(held)]
+    return Examples("response", rest, [train[i] for i in held], [], None, name, "")
 
 
 def make(
@@ -99,24 +181,17 @@ def make(
 ) -> dict[str, Any]:
     """One method from the dense model to its scores."""
     small = copy.deepcopy(model)
-    method = ATP(
-        sparsity=sparsity, steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, template=args.template,
-        loss_on=args.loss_on, seed=seed, patience=0, lr=args.lr, generator_lr=args.generator_lr,
-        lora_rank=args.rank, eval_rows=args.eval_rows, slice_rows=args.slice_rows, control_every=args.control_every,
-    )  # fmt: skip
-    held = prompts.hold_out(train, max(8, len(train) // 20), 0)[1]
-    validation = [train[i] for i in held]
-    rest = [row for i, row in enumerate(train) if i not in set(held)]
-    examples = Examples("response", rest, validation, [], None, args.data or args.train, "")
+    method, examples = method_of(args, sparsity, seed), parts_of(train, args.train or args.data)
     if name not in ("atp", "dense") and args.tokens == "all" and not name.startswith("atp-"):
-        method = replace(method, steps=2 * args.steps - args.steps // 2, slice_rows=0)
-    tables.reset_peak()
+        decided = math.ceil(round(method.control_fraction * args.steps) / args.control_every)
+        method = replace(method, steps=args.steps + decided, slice_rows=0)
     started = time.monotonic()
     found: dict[str, Any] = {}
     if name in TWO_STAGE:
-        found["prune_seconds"] = prune(name, sparsity, seed, small, tokenizer, rest, method, args)
+        found["prune_seconds"] = prune(name, sparsity, seed, small, tokenizer, examples.train, method, args)
     variant = {
         "fixed-mask": {"mask": "taylor"},
+        "fixed-mask-healed": {"mask": "taylor", "heal_steps": args.heal_steps},
         "random-mask": {"mask": "random"},
         "atp": {},
         "atp-healed": {"heal_steps": args.heal_steps},
@@ -127,10 +202,11 @@ def make(
     }.get(name, {"mask": "none"})
     if name != "dense":
         record = replace(method, **variant).compress(small, tokenizer, examples, report=say if args.verbose else None)
-        kept = ("steps", "lora_tokens", "slice_tokens", "generator_seconds", "freeze", "zeroing", "cut_against_masked",
-                "removed_of_prunable", "validation_loss", "best_step", "heal", "warnings", "history")  # fmt: skip
+        kept = ("steps", "lora_tokens", "slice_tokens", "generator_seconds", "tuning_seconds", "freeze", "zeroing",
+                "cut_against_masked", "cut_against_masked_absolute", "removed_of_prunable", "validation_loss",
+                "best_step", "heal", "warnings", "history")  # fmt: skip
         found |= {key: record[key] for key in kept if key in record}
-    found["seconds"], found["peak_mb"] = time.monotonic() - started, peak()
+    found["seconds"] = time.monotonic() - started
     total, layers = structure.total_parameters(model), structure.layer_parameters(model)
     found |= {
         "parameters": structure.total_parameters(small),
@@ -179,72 +255,75 @@ def prune(
     return time.monotonic() - started
 
 
-def rows_of(args: argparse.Namespace) -> tuple[list[prompts.Row], list[prompts.Row]]:
-    """Training and test rows of a known data set, or of two files."""
-    if args.train:
-        train, test = domain.read(args.train), domain.read(args.test)
+# --- time and memory ------------------------------------------------------------------------------------------------
+
+
+def overhead(args: argparse.Namespace) -> dict[str, Any]:
+    """Dense LoRA and ATP in turns, the same steps, each in a fresh process."""
+    rounds = []
+    for number in range(args.overhead):
+        rounds.append({})
+        for name in ("dense-lora", "atp"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--overhead-of", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rounds[-1][name] = json.loads(done.stdout.splitlines()[-1])
+            print(f"round {number + 1}, {name}: {rounds[-1][name]}", flush=True)
+    return {"steps": args.overhead_steps, "sparsity": args.sparsity[0], "rounds": rounds}
+
+
+def train_alone(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the training loop, megabytes of the loaded model's process, and their peak up to the last step."""
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
+    device = next(model.parameters()).device
+    if resolve_precision("auto", device) == "fp32":  # as the run would have it
+        model.float()
+    method = replace(
+        method_of(args, args.sparsity[0], 0),
+        steps=args.overhead_steps,
+        mask="none" if name == "dense-lora" else "learned",
+        eval_every=args.overhead_steps,
+        eval_rows=args.batch_size,
+    )
+    examples = parts_of(rows_of(args)[0], args.train or args.data)
+    reset_peak()
+    found = {"loaded_mb": peak()}
+
+    def watch(event: dict[str, Any]) -> None:
+        if "step" in event:
+            found["peak_mb"] = peak()  # the merge and the comparison after the last step are not training
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        record = method.compress(model, tokenizer, examples, report=watch)
+    return found | {"seconds": record["tuning_seconds"], "lora_tokens": record["lora_tokens"]}
+
+
+def overhead_in_words(measured: dict[str, Any]) -> str:
+    pairs = [(of["atp"], of["dense-lora"]) for of in measured["rounds"]]
+    time = [atp["seconds"] / dense["seconds"] for atp, dense in pairs]
+    gross = [atp["peak_mb"] / dense["peak_mb"] for atp, dense in pairs]
+    net = [
+        (atp["peak_mb"] - atp["loaded_mb"]) / max(dense["peak_mb"] - dense["loaded_mb"], 1e-9) for atp, dense in pairs
+    ]
+    return (
+        f"ATP against dense LoRA, {measured['steps']} LoRA steps each, in turns, each in a fresh process: training "
+        f"time x {spread(time, 2)}, peak memory x {spread(gross, 2)}, without the loaded model x {spread(net, 2)}."
+    )
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     else:
-        train, test = (
-            [prompts.make_row(row, f"{args.data} row {n}") for n, row in enumerate(part)] for part in READ[args.data]()
-        )
-    taken = {prompts.prompt_hash(row) for row in test}
-    train = [row for row in train if prompts.prompt_hash(row) not in taken]
-    return train[: args.train_rows], test[: args.test_rows]
+        tables.reset_peak()
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def peak() -> float:
+    """Most resident megabytes since `reset_peak`; of the device where there is one."""
+    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else tables.peak()
 
 
-def pubmedqa() -> tuple[list[Any], list[Any]]:
-    """The official split: 500 abstracts to learn from, 500 to test on."""
-    answers = ["yes", "no", "maybe"]
-    parts: dict[bool, list[Any]] = {True: [], False: []}
-    for row in lines(SHARED / "pubmedqa/pqa_labeled.jsonl.gz"):
-        made = {"question": row["question"], "choices": answers, "answer": answers.index(row["final_decision"])}
-        parts[row["split"] == "test"].append(made | {"context": "\n".join(row["contexts"])})
-    return parts[False], parts[True]
-
-
-def medqa() -> tuple[list[Any], list[Any]]:
-    """MedQA's test set only is at hand: four fifths to learn from, by their place in the file."""
-    rows = []
-    for row in lines(SHARED / "medical_mc/medqa_test.jsonl.gz"):
-        options = row["options"]
-        letters = sorted(options)
-        answer = letters.index(row.get("answer_idx", ""))
-        rows.append({"question": row["question"], "choices": [options[k] for k in letters], "answer": answer})
-    return [row for n, row in enumerate(rows) if n % 5], rows[::5]
-
-
-def chatdoctor() -> tuple[list[Any], list[Any]]:
-    """Generated dialogues, a tenth of them to test on."""
-    rows = []
-    for row in lines(SHARED / "chatdoctor/chatdoctor5k.jsonl.gz"):
-        asked = row.get("input") or row.get("instruction") or ""
-        if asked.strip() and (row.get("output") or "").strip():
-            rows.append({"prompt": asked, "response": row["output"]})
-    return [row for n, row in enumerate(rows) if n % 10], rows[::10]
-
-
-def legalbench() -> tuple[list[Any], list[Any]]:
-    """Clauses to be answered with yes or no, a fifth of each task to test on."""
-    train, test = [], []
-    count: dict[str, int] = {}
-    for row in lines(SHARED / "legalbench/legalbench_old_test.jsonl.gz"):
-        answer, text = str(row.get("label", "")).strip().lower(), row.get("text")
-        if answer not in ("yes", "no") or not isinstance(text, str) or not text.strip():
-            continue
-        task = str(row.get("task", ""))
-        number = count[task] = count.get(task, -1) + 1
-        question = f"Does the text fit: {task.replace('_', ' ')}?"
-        made = {"question": question, "context": text, "choices": ["yes", "no"], "answer": answer}
-        (train if number % 5 else test).append(made)
-    return train, test
-
-
-READ = {"pubmedqa": pubmedqa, "medqa": medqa, "chatdoctor": chatdoctor, "legalbench": legalbench}
+# --- the table ------------------------------------------------------------------------------------------------------
 
 
 def headline(row: dict[str, Any]) -> dict[str, float]:
@@ -257,40 +336,83 @@ def headline(row: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def chance(row: dict[str, Any], name: str) -> float:
-    """What a uniform guess scores: for macro-F1 of balanced classes about its accuracy; 0 for ROUGE."""
-    return row["scores"]["choices"]["chance"] if name in ("accuracy", "macro_f1") else 0.0
+Guess = Callable[[str, "dict[str, Any]", "list[int] | None"], "float | None"]
+"""(score, row of the table, answers of the test rows) -> what it is worth without knowing anything; None: unknown."""
 
 
-def recovered(row: dict[str, Any], dense: dict[str, Any], corrected: bool) -> float | None:
-    """Mean over scores of score / dense-LoRA's score, in percent; corrected: both less the chance level."""
+def nothing(name: str, row: dict[str, Any], counts: list[int] | None) -> float | None:
+    return 0.0
+
+
+def chance(name: str, row: dict[str, Any], counts: list[int] | None) -> float | None:
+    """Score of a uniform guess among K choices; 0 for ROUGE.
+
+    Of a class with the share p of the answers it finds 1 / K, and p of what it calls so is right: F1 is the harmonic
+    mean of these, 2p / (1 + Kp), and macro-F1 the mean over classes (1 / K only where they are of equal size).
+    """
+    if name == "accuracy":
+        return row["scores"]["choices"]["chance"]
+    if name == "macro_f1":
+        if not counts:
+            return None
+        shares = [count / sum(counts) for count in counts]
+        return statistics.mean(2 * p / (1 + len(shares) * p) for p in shares)
+    return 0.0
+
+
+def majority(name: str, row: dict[str, Any], counts: list[int] | None) -> float | None:
+    """Score of always the commonest answer, of share p: accuracy p; F1 2p / (1 + p) for its class, 0 for the others."""
+    if name not in ("accuracy", "macro_f1") or not counts:
+        return None
+    p = max(counts) / sum(counts)
+    return p if name == "accuracy" else 2 * p / (1 + p) / sum(count > 0 for count in counts)
+
+
+def recovered(row: dict[str, Any], dense: dict[str, Any], counts: list[int] | None, guess: Guess) -> float | None:
+    """Mean over scores of the part of dense LoRA's score above a guess, in percent.
+
+    A score at which dense LoRA is no better than the guess has nothing to recover, and is left out; None: all are.
+    """
     shares = []
     for name, value in headline(row).items():
-        base = chance(row, name) if corrected else 0.0
-        best = headline(dense)[name] - base
-        if best <= 0:
-            return None  # dense LoRA is at chance itself: there is nothing to recover
-        shares.append((value - base) / best)
+        base, best = guess(name, row, counts), headline(dense)[name]
+        if base is not None and best > base:
+            shares.append((value - base) / (best - base))
     return 100 * statistics.mean(shares) if shares else None
 
 
+def left_out(table: dict[str, Any], guess: Guess) -> list[str]:
+    """Scores at which some seed's dense LoRA is no better than the guess."""
+    counts, found = table["data"]["answers"], []
+    for row in table["rows"]:
+        if row["method"] == "dense-lora":
+            for name, value in headline(row).items():
+                base = guess(name, row, counts)
+                if base is not None and value <= base:
+                    found.append(f"{name} of seed {row['seed']} ({value:.3f}, {guess.__name__} {base:.3f})")
+    return found
+
+
 def markdown(table: dict[str, Any]) -> str:
-    """One line per sparsity and method, mean and spread over seeds; ratios are to dense LoRA of the same seed."""
+    """One line per sparsity and method, mean and spread over seeds, and what the machine was asked."""
     names = list(headline(table["rows"][0]))
-    settings, data = table["settings"], table["data"]
-    first = table["rows"][0]["scores"]
-    told = f"chance accuracy {first['choices']['chance']:.3f}" if "choices" in first else "ROUGE of greedy answers"
-    if "choices" in first and "majority" in first["choices"]:
-        told += f", commonest answer {first['choices']['majority']:.3f}"
+    settings, data, first = table["settings"], table["data"], table["rows"][0]
+    told = [f"{name} {base:.3f}" for name in names if (base := chance(name, first, data["answers"]))]
+    most = [f"{name} {base:.3f}" for name in names if (base := majority(name, first, data["answers"]))]
+    words = [f"chance {', '.join(told)}"] if told else ["ROUGE of greedy answers"]
+    words += [f"commonest answer {', '.join(most)}"] if most else []
     head = [
-        f"{table['model']}, {table['dtype']}, {table['machine']}. {data['name']}: {data['train']} training rows, "
-        f"{data['test']} test rows, {told}; {settings['steps']} LoRA steps of {settings['batch_size']} rows of at most "
-        f"{settings['seq_len']} tokens. Recovered: percent of dense LoRA's scores, and of their part above chance.",
+        f"{table['model']['name']}, {table['dtype']}, {table['machine']}. {data['name']}: {data['train']} training "
+        f"rows, {data['test']} test rows, {'; '.join(words)}; {settings['steps']} LoRA steps of "
+        f"{settings['batch_size']} rows of at most {settings['seq_len']} tokens. Recovered: percent of dense LoRA's "
+        "scores, of their part above chance, and above the commonest answer. Perplexity: of responses; domain "
+        "perplexity: of prompts and responses.",
         "",
         "| removed of prunable / model | method | params M | "
         + " | ".join(names)
-        + " | perplexity | recovered % | above chance % | LoRA tokens | all tokens | time x | memory x |",
-        "|---" * (9 + len(names)) + "|",
+        + " | perplexity | domain perplexity | recovered % | above chance % | above commonest % | LoRA tokens "
+        "| all tokens |",
+        "|---" * (10 + len(names)) + "|",
     ]
     by_seed = {row["seed"]: row for row in table["rows"] if row["method"] == "dense-lora"}
     groups: dict[Any, list[dict[str, Any]]] = {}
@@ -300,38 +422,37 @@ def markdown(table: dict[str, Any]) -> str:
     for sparsity, method in sorted(groups, key=lambda key: (key[0], order.index(key[1]))):
         rows = groups[sparsity, method]
         pairs = [(row, by_seed[row["seed"]]) for row in rows if row["seed"] in by_seed]
-        shares = [[recovered(row, dense, corrected) for row, dense in pairs] for corrected in (False, True)]
+        shares = [
+            [recovered(row, dense, data["answers"], guess) for row, dense in pairs]
+            for guess in (nothing, chance, majority)
+        ]
         cells = [
             f"{rows[0]['sparsity']:.0%} / {statistics.mean(row['removed_of_model'] for row in rows):.1%}",
             method,
             f"{statistics.mean(row['parameters'] for row in rows) / 1e6:.1f}",
             *(spread([headline(row)[name] for row in rows], 3) for name in names),
-            spread([row["scores"]["perplexity"]["perplexity"] for row in rows], 2),
+            *(spread([row["scores"][of]["perplexity"] for row in rows], 2) for of in ("perplexity", "perplexity_full")),
             *(spread([share for share in of if share is not None], 1) for of in shares),
             spread([row.get("lora_tokens", 0) for row in rows], 0),
             spread([all_tokens(row) for row in rows], 0),
-            spread([row["seconds"] / dense["seconds"] for row, dense in pairs if dense["seconds"]], 2),
-            spread([row["peak_mb"] / dense["peak_mb"] for row, dense in pairs], 2),
         ]
         head.append("| " + " | ".join(cells) + " |")
+    if missing := [*left_out(table, chance), *left_out(table, majority)]:
+        head += ["", f"Left out, dense LoRA being no better: {', '.join(missing)}."]
+    if "overhead" in table:
+        head += ["", overhead_in_words(table["overhead"])]
     return "\n".join(head) + "\n"
 
 
 def all_tokens(row: dict[str, Any]) -> int:
-    return row.get("lora_tokens", 0) + row.get("slice_tokens", 0) + (row.get("heal") or {}).get("tokens", 0)
+    """Tokens that anything has learned from: LoRA, the generator, healing, and the teacher that it heals from."""
+    heal = row.get("heal") or {}
+    of_heal = heal.get("tokens", 0) + heal.get("teacher_tokens", 0)
+    return row.get("lora_tokens", 0) + row.get("slice_tokens", 0) + of_heal
 
 
 def say(event: dict[str, Any]) -> None:
     print(f"  {event.get('step', '')}/{event.get('of', '')} {event['message']}", flush=True)
-
-
-def peak() -> float:
-    """Peak resident megabytes since `reset_peak`; of the device where there is one."""
-    if torch.cuda.is_available():
-        most = torch.cuda.max_memory_allocated() / 1e6
-        torch.cuda.reset_peak_memory_stats()
-        return most
-    return tables.peak()
 
 
 def arguments() -> argparse.Namespace:
@@ -366,6 +487,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--rows", metavar="DIR", help="write the training and test rows as JSON lines and stop")
+    parser.add_argument("--overhead", type=int, metavar="N", help="measure time and memory in N rounds and stop")
+    parser.add_argument("--overhead-steps", type=int, default=40, help="LoRA steps of one measurement")
+    parser.add_argument("--overhead-of", choices=["dense-lora", "atp"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
