@@ -220,8 +220,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measurements of a saved checkpoint on a test file, as `evaluate.run` writes them.
 
-    Template and length are those that the checkpoint was tuned with, if it was. Rows that its training or its pruning
-    generator has seen are refused.
+    Template and length, where not given, are those that the checkpoint was tuned with, or else plain and 512; a parent
+    must be given those of its child to be compared with it. Rows that its training or its pruning generator has seen
+    are refused.
 
     Raises:
         ValueError: the file's rows, or an overlap with what was seen.

@@ -9,7 +9,10 @@ from typing import Any
 
 FILES = ("compression.json", "eval.json", "bench.json", "log.jsonl", "generation.json")
 # What tells two measurements apart, besides metric and dataset.
-CONDITIONS = ("split", "slice", "part", "sha256", "context", "stride", "bos", "blocks", "limit", "num_fewshot")
+CONDITIONS = (
+    "split", "slice", "part", "sha256", "context", "stride", "bos", "blocks", "limit", "num_fewshot", "template",
+    "seq_len",
+)  # fmt: skip
 LOWER_IS_BETTER = ("perplexity", "loss", "bits")
 Key = tuple[str, str, tuple[tuple[str, str], ...]]
 
