@@ -28,6 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sentei import structure
+from sentei.folding import ChildLinear
 from sentei.train import mix
 
 INITS = ("zero", "paper", "hub")
@@ -94,7 +95,6 @@ class Bottleneck(nn.Module):
 
     def __init__(self, host: nn.Module, hidden: int, width: int, dropout: float, norm: Any, pre_norm: bool):
         super().__init__()
-        self.base_layer = host
         self.down, self.up = nn.Linear(hidden, width), nn.Linear(width, hidden)
         self.dropout = nn.Dropout(dropout)
         self.pre_norm = pre_norm
@@ -103,6 +103,26 @@ class Bottleneck(nn.Module):
         self._norm = (norm,)  # in a tuple: a child would be saved twice
         self._residual_BTH: Tensor | None = None
         self._hook: Any = None
+        self.base_layer = host  # last: names that are not ours by now are looked up in it
+
+    def __getattr__(self, name: str) -> Any:
+        """The host's children keep their paths: layers that share weights, and LoRA, look them up there."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            host = self.__dict__.get("_modules", {}).get("base_layer")
+            if host is None:
+                raise
+            return getattr(host, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A child of the host that is replaced by its path is replaced in the host."""
+        own = self.__dict__.get("_modules", {})
+        to_host = name not in own and "base_layer" in own and name in self.base_layer._modules
+        if to_host:
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, hidden_BTH: Tensor, *rest: Tensor) -> Tensor:
         if rest:  # BERT's output block: linear, dropout, and the norm of the sum
@@ -125,8 +145,9 @@ class Bottleneck(nn.Module):
         return output_BTH + self.change(read_BTH, output_BTH)
 
     def change(self, read_BTH: Tensor, host_BTH: Tensor) -> Tensor:
-        """drop(Up(relu(Down(a)))), in the adapter's own precision."""
-        added_BTH = self.up(torch.relu(self.down(read_BTH.to(self.down.weight.dtype))))
+        """drop(Up(relu(Down(a)))), in the adapter's own precision, under autocast too."""
+        with torch.autocast(read_BTH.device.type, enabled=False):
+            added_BTH = self.up(torch.relu(self.down(read_BTH.to(self.down.weight.dtype))))
         if self.watch is not None:
             self.watch(added_BTH.detach(), host_BTH.detach())
         return self.dropout(added_BTH).to(host_BTH.dtype)
@@ -192,29 +213,48 @@ def units(
         at = names[id(layer)]
         if "lora" in kinds:
             here = {target: _linear(layer, str(paths[target])) for target in targets}
-            modules = {target: f"{at}.{paths[target]}" for target, linear in here.items() if linear is not None}
-            sizes = {t: (m.in_features, m.out_features) for t, m in here.items() if m is not None}
+            here = {t: linear for t, linear in here.items() if isinstance(linear, nn.Linear)}
+            modules = {target: f"{at}.{paths[target]}" for target in here}
+            sizes = {target: (linear.in_features, linear.out_features) for target, linear in here.items()}
             groups = [(f"lora_{t}", (t,)) for t in modules] if split else [("lora", tuple(modules))]
             for kind, of in groups:
                 if of:
                     at_modules, at_sizes = tuple(modules[t] for t in of), tuple(sizes[t] for t in of)
                     found.append(Unit(f"{kind}.L{number}", kind, number, at_modules, at_sizes, rank))
-        if "adapter" in kinds and _linear(layer, family.down) is not None:
-            hidden = _linear(layer, family.down).out_features  # pyright: ignore[reportOptionalMemberAccess]
-            host = f"{at}.{_HOSTS[name].path}"
+        if "adapter" in kinds and (down := _linear(layer, family.down)) is not None:
+            hidden, host = down.out_features, f"{at}.{_HOSTS[name].path}"
             found.append(Unit(f"adapter.L{number}", "adapter", number, (host,), ((hidden, hidden),), width))
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer with an attention or feed-forward left to adapt")
     return found
 
 
-def _linear(layer: nn.Module, path: str) -> nn.Linear | None:
-    """The linear at a path of a layer, or None where it was pruned away."""
+def _linear(layer: nn.Module, path: str) -> nn.Linear | ChildLinear | None:
+    """The linear at a path of a layer, its own or another layer's, or None where it was pruned away."""
     try:
         module = layer.get_submodule(path)
     except AttributeError:
         return None
-    return module if isinstance(module, nn.Linear) and module.weight.numel() else None
+    return module if isinstance(module, nn.Linear | ChildLinear) and module.in_features * module.out_features else None
+
+
+def remarks(model: nn.Module, space: Sequence[Unit]) -> list[str]:
+    """What is not as in a stock model: layers without a unit of some kind, and LoRA that acts in several layers."""
+    layers, found = structure.layers(model), []
+    for kind in dict.fromkeys(unit.kind for unit in space):
+        has = {unit.layer for unit in space if unit.kind == kind}
+        if missing := ", ".join(str(number) for number in range(len(layers)) if number not in has):
+            found.append(f"no {kind} unit in layers {missing}: what it would extend is pruned away, or another layer's")
+    users: dict[tuple[int, str], set[int]] = {}
+    for number, layer in enumerate(layers):
+        for child in layer.modules():
+            if isinstance(child, ChildLinear) and child.base is None:
+                users.setdefault((child.owner, child.path), set()).add(number)
+    for unit in space:
+        of = [users.get((unit.layer, name.partition(f".{unit.layer}.")[2]), set()) for name in unit.modules]
+        if unit.is_lora and (numbers := sorted(set().union(*of))):
+            found.append(f"{unit.id} acts in layers {', '.join(map(str, numbers))} too, which run with its weights")
+    return found
 
 
 def inject(
@@ -293,7 +333,7 @@ def _wrap(model: nn.Module, unit: Unit, dropout: float, host: _Host) -> None:
 def _initialise(model: nn.Module, unit: Unit, init: str, seed: object) -> None:
     assert init in INITS
     random = torch.Generator().manual_seed(mix(seed, unit.id))
-    for (_, weight), variance in zip(matrices(model, unit), _variances(unit, init), strict=True):
+    for (_, weight), variance in zip(matrices(model, unit), init_variances(unit, init), strict=True):
         drawn = torch.zeros(weight.shape)
         if variance and unit.is_lora:
             bound = (3 * variance) ** 0.5
@@ -307,17 +347,12 @@ def _initialise(model: nn.Module, unit: Unit, init: str, seed: object) -> None:
             nn.init.zeros_(module.up.bias)
 
 
-def _variances(unit: Unit, init: str) -> list[float]:
-    """Variance of each matrix when it starts, in the order of `matrices`."""
+def init_variances(unit: Unit, init: str) -> list[float]:
+    """Variance of each of the unit's `matrices` when it starts; 0 for those that start at 0."""
     if unit.is_lora:  # Kaiming-uniform with a = sqrt(5): uniform in +-1 / sqrt(inputs)
         return [variance for inputs, _ in unit.sizes for variance in (1 / (3 * inputs), 0.0)]
     hidden = unit.sizes[0][0]
     return {"zero": [4e-4, 0.0], "hub": [4e-4, 4e-4], "paper": [1 / hidden, 1 / hidden]}[init]
-
-
-def init_variances(unit: Unit, init: str) -> list[float]:
-    """Variance of each of the unit's `matrices` when it starts; 0 for those that start at 0."""
-    return _variances(unit, init)
 
 
 def matrices(model: nn.Module, unit: Unit) -> list[tuple[str, nn.Parameter]]:
@@ -332,18 +367,11 @@ def matrices(model: nn.Module, unit: Unit) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def _lora_layer(model: nn.Module, name: str) -> LoraLayer:
-    """The LoRA layer of a linear, which a bottleneck around its host may have moved one level down."""
-    module: Any = model
-    for part in name.split("."):
-        module = getattr(module.base_layer if isinstance(module, Bottleneck) else module, part)
-    assert isinstance(module, LoraLayer), name
-    return module
-
-
 def modules(model: nn.Module, unit: Unit) -> list[Any]:
     """The unit's injected modules: peft's LoRA layers, or one Bottleneck."""
-    return [_lora_layer(model, name) if unit.is_lora else model.get_submodule(name) for name in unit.modules]
+    found = [model.get_submodule(name) for name in unit.modules]
+    assert all(isinstance(module, LoraLayer if unit.is_lora else Bottleneck) for module in found), unit.id
+    return found
 
 
 def parameters(model: nn.Module, living: Iterable[Unit]) -> list[nn.Parameter]:
@@ -458,18 +486,22 @@ def fingerprint(model: nn.Module) -> str:
 def state(model: nn.Module, living: Sequence[Unit]) -> dict[str, Tensor]:
     """The units' and the head's tensors, under the names that peft gives them in a file."""
     trained = {id(p) for p in parameters(model, living)}
-    heads = tuple(f"{name}." for name in head(model))
-    found = {}
-    for name, tensor in model.named_parameters():
-        if id(tensor) in trained or (heads and name.startswith(heads)):
-            found[f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"] = tensor.detach().cpu().contiguous().clone()
-    return found
+    heads = tuple(f"{name}." for name in head(model)) or ("\0",)
+    return {
+        _in_file(name): tensor.detach().cpu().contiguous().clone()
+        for name, tensor in model.named_parameters()
+        if id(tensor) in trained or name.startswith(heads)
+    }
+
+
+def _in_file(name: str) -> str:
+    return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, living: Sequence[Unit], tensors: dict[str, Tensor]) -> None:
     """Put tensors of `state` back. ValueError where names or shapes differ."""
-    own = {f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": p for name, p in model.named_parameters()}
+    own = {_in_file(name): p for name, p in model.named_parameters()}
     wanted = state(model, living)
     if set(wanted) != set(tensors):
         odd = sorted(set(wanted) ^ set(tensors))[0]

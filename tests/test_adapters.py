@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from sentei import adapters, checkpoint, structure
+from sentei import adapters, checkpoint, folding, structure
 from sentei.adapters import Bottleneck, Unit
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
@@ -191,6 +192,55 @@ def test_heterogeneous_base(tokens):
     assert not torch.equal(logits(model, tokens), before)
 
 
+def test_folded_base_in_memory(tokens):
+    """Layer 2 runs with layer 1's weights: it finds them inside the bottleneck and the LoRA that layer 1 gets."""
+    model = tiny_model("llama")
+    folding.fold(model, (1, 2), 1, rank=2, scale=True)
+    before = logits(model, tokens)
+    found = space(model, targets=("q", "v", "down"))
+    assert [unit.id for unit in found if unit.layer in (1, 2)] == ["lora.L1", "adapter.L1", "adapter.L2"]
+    assert adapters.remarks(model, found) == [
+        "no lora unit in layers 2: what it would extend is pruned away, or another layer's",
+        "lora.L1 acts in layers 2 too, which run with its weights",
+    ]
+    assert adapters.remarks(tiny_model("llama"), space(tiny_model("llama"))) == []
+    adapters.inject(model, found)
+    assert torch.equal(logits(model, tokens), before)
+    (lora,) = [unit for unit in found if unit.id == "lora.L1"]
+    stir(model, [lora])
+    changed = logits(model, tokens)
+    assert not torch.equal(changed, before) and torch.equal(logits(copy.deepcopy(model), tokens), changed)
+    adapters.unload(model)
+    assert torch.equal(logits(model, tokens), before)
+    folding.unfold(model)
+    torch.testing.assert_close(logits(model, tokens), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_host_keeps_its_childrens_paths():
+    """A child is found, and replaced, by the path that it has without the bottleneck."""
+    model = tiny_model("bert")
+    units = space(model, kinds=("adapter",))
+    adapters.inject(model, units)
+    (adapter,) = adapters.modules(model, units[0])
+    dense = adapter.base_layer.dense
+    assert model.get_submodule(f"{units[0].modules[0]}.dense") is dense
+    other = nn.Linear(dense.in_features, dense.out_features)
+    model.set_submodule(f"{units[0].modules[0]}.dense", other)
+    assert adapter.base_layer.dense is other and "dense" not in adapter._modules
+    assert adapter.dropout is not adapter.base_layer.dropout  # its own come first
+    with pytest.raises(AttributeError, match="nothing"):
+        adapter.nothing  # noqa: B018
+
+
+def test_arithmetic_is_fp32_under_autocast():
+    adapter = Bottleneck(nn.Identity(), 4, 2, 0.0, None, False)
+    read = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = adapter.change(read, read)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(adapter.change(read, read), expected)
+
+
 def test_other_ranks_are_written_as_patterns():
     model = tiny_model("bert")
     units = space(model, kinds=("lora",))
@@ -237,10 +287,15 @@ HEAD = {"task": "SequenceClassification", "labels": ["no", "yes"]}
 
 def saved(family, words, folder, kinds, head=HEAD):
     """A base on disk, and a stirred adapter of it, saved."""
-    torch.manual_seed(0)
     tiny_model(family).save_pretrained(folder / "base")
     words.save_pretrained(folder / "base")
-    model, tokenizer = checkpoint.load(folder / "base", dtype="float32", **head)
+    return saved_over(folder / "base", folder / "out", kinds, head)
+
+
+def saved_over(base, out, kinds, head=HEAD, dtype="float32"):
+    """A stirred adapter of a base, saved; its head is random and in the base's dtype, as a search leaves it."""
+    torch.manual_seed(0)
+    model, tokenizer = checkpoint.load(base, dtype=dtype, trust_remote_code=True, **head)
     units = space(model, kinds=kinds)[1:]
     fingerprint = adapters.fingerprint(model)
     adapters.inject(model, units, alpha_per_rank=2.0, dropout=0.1)
@@ -254,7 +309,7 @@ def saved(family, words, folder, kinds, head=HEAD):
         "fingerprint": fingerprint,
     }  # fmt: skip
     checkpoint.adapters.save(
-        model, tokenizer, folder / "out", parent=str(folder / "base"), record={"record": {"adapter": what}},
+        model, tokenizer, out, parent=str(base), record={"record": {"adapter": what}},
         pages={"README.md": "more\n"},
     )  # fmt: skip
     return model, units
@@ -279,7 +334,26 @@ assert difference <= 1e-6, difference
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {} and config["task_type"] == "SEQ_CLS"
-    assert "A plain LoRA" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A plain LoRA" in card and "pad_token_id" not in card and "trust_remote_code" not in card
+
+
+def test_a_base_that_stock_classes_need_help_with(words, tmp_path, monkeypatch):
+    """Modelling code of its own, no padding token, and a path that holds in one folder only."""
+    model = tiny_model("llama")
+    units = structure.units(model, "channels")
+    structure.remove(model, units, (units.layer_U > 0) | (units.index_U > 6))
+    model.config.pad_token_id = None
+    stage = {"method": "by_hand", "fields": {}, "seed": 0, "data": {"name": "none", "sha256": "0"}, "record": {}}
+    tiny_model("llama").save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    checkpoint.save(model, words, tmp_path / "base", parent=tmp_path / "parent", record=stage)
+    monkeypatch.chdir(tmp_path)
+    saved_over("base", tmp_path / "out", ("lora",))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "num_labels=2, trust_remote_code=True)" in card and "base.config.pad_token_id = tokenizer.pad" in card
+    monkeypatch.chdir("/")
+    checkpoint.load(tmp_path / "out", dtype="float32")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "roberta", "distilbert"])
@@ -302,6 +376,70 @@ def test_sentei_loads_a_mix_and_plain_peft_stops(family, words, tokens, tmp_path
 def test_a_language_model_has_no_head(words, tokens, tmp_path):
     model, _ = saved("llama", words, tmp_path, ("lora", "adapter"), head={})
     loaded, _ = checkpoint.load(tmp_path / "out", dtype="float32")
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), atol=1e-6, rtol=1e-6)
+
+
+ORACLE = """
+import re, sys, adapters, torch, transformers
+from safetensors.torch import load_file, save_file
+folder = sys.argv[1]
+model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager")
+adapters.init(model)
+model.add_adapter("one", config=adapters.SeqBnConfig(reduction_factor=3, non_linearity="relu"))
+model.set_active_adapters("one")
+given, count = load_file(folder + "/units.safetensors"), 0
+with torch.no_grad():
+    for name, p in model.named_parameters():
+        if ".adapters.one." in name:
+            layer, part, kind = re.search(r"\\.(\\d+)\\..*adapter_(down|up)\\.(?:0\\.)?(weight|bias)$", name).groups()
+            p.copy_(given.pop(f"{layer}.{part}.{kind}"))
+            count += p.numel()
+    assert not given and count
+    ids = torch.arange(5, 29).reshape(2, 12)
+    logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+save_file({"logits": logits.contiguous(), "count": torch.tensor(count)}, folder + "/oracle.safetensors")
+"""
+
+
+@pytest.mark.skipif("SENTEI_ADAPTERS_PYTHON" not in os.environ, reason="names a Python that has the adapters package")
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama"])
+def test_the_adapters_package_computes_the_same(family, words, tmp_path):
+    """Its Pfeiffer adapter with our weights: equal logits and counts. It pins another transformers: hence a process."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    model, _ = checkpoint.load(tmp_path / "base", dtype="float32", **HEAD)
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path / "headed")
+    units = space(model, kinds=("adapter",))
+    adapters.inject(model, units)
+    stir(model, units)
+    given = {}
+    for unit in units:
+        (module,) = adapters.modules(model, unit)
+        parts = {"down": module.down, "up": module.up}
+        given |= {f"{unit.layer}.{n}.{k}": p.detach() for n, part in parts.items() for k, p in part.named_parameters()}
+    save_file(given, tmp_path / "headed" / "units.safetensors")
+    command = [os.environ["SENTEI_ADAPTERS_PYTHON"], "-c", ORACLE, str(tmp_path / "headed")]
+    quiet = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, env=quiet)
+    found = load_file(tmp_path / "headed" / "oracle.safetensors")
+    ours = logits(model, torch.arange(5, 29).reshape(2, 12))
+    assert (ours - found["logits"]).abs().max() <= 1e-6 * max(1.0, float(ours.abs().max()))
+    assert int(found["count"]) == sum(unit.parameters for unit in units)
+
+
+def test_a_folded_base_saves_and_loads(words, tokens, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    model, tokenizer = checkpoint.load(tmp_path / "parent", dtype="float32")
+    folding.fold(model, (1, 2), 1, rank=2, scale=True)
+    stage = {"method": "by_hand", "fields": {}, "seed": 0, "data": {"name": "none", "sha256": "0"}, "record": {}}
+    checkpoint.save(model, tokenizer, tmp_path / "base", parent=tmp_path / "parent", record=stage)
+    model, units = saved_over(tmp_path / "base", tmp_path / "out", ("lora", "adapter"))
+    assert {"adapter.L1", "adapter.L2", "lora.L1"} <= {unit.id for unit in units}
+    loaded, _ = checkpoint.load(tmp_path / "out", dtype="float32", trust_remote_code=True)
     torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), atol=1e-6, rtol=1e-6)
 
 

@@ -22,7 +22,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sentei
-from sentei import adapters
+from sentei import adapters, structure
 from sentei.adapters import Unit
 from sentei.checkpoint import reading, writing
 from sentei.train import evaluating
@@ -68,7 +68,13 @@ def save(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         source = reading.inspect(parent, trust_remote_code=True)
-        base = {"path": str(parent), "sha256": source.sha256(), "model_type": source.config["model_type"]}
+        place = Path(parent).expanduser()
+        # A relative path would mean another folder elsewhere; a hub id is no path.
+        where = str(place.absolute()) if place.exists() else str(parent)
+        base = {"path": where, "sha256": source.sha256(), "model_type": source.config["model_type"]}
+        # What stock transformers must be told: `reading.load` sees to both.
+        base["remote_code"] = "auto_map" in source.config
+        base["needs_pad"] = structure.is_causal(model) and source.config.get("pad_token_id") is None
         account = _write_adapter(partial, what, base, tensors, adapters.head(model), tokenizer)
         if fallback is not None:
             (partial / "fallback").mkdir()
@@ -193,6 +199,9 @@ def _card(account: dict[str, Any], name: str) -> str:
     base, labels = account["base"]["path"], account["head"].get("labels")
     auto = f"AutoModelFor{account['head'].get('task', 'CausalLM')}"
     options = f", num_labels={len(labels)}" if labels else ""
+    remote = ", trust_remote_code=True" if account["base"]["remote_code"] else ""
+    pad = "base.config.pad_token_id = tokenizer.pad_token_id  # without it batches of one row only\n"
+    pad = pad if labels and account["base"]["needs_pad"] else ""
     lines = ["---", *([f"base_model: {base}"] if _is_hub_id(base) else []), "library_name: peft"]
     lines += ["tags:", "- sentei", "- lora", "---", "", f"# {name}", ""]
     if any(unit["kind"] == "adapter" for unit in account["units"]):
@@ -206,9 +215,12 @@ def _card(account: dict[str, Any], name: str) -> str:
         lines += [
             "A plain LoRA: stock peft loads it, and sentei is not needed.",
             "",
-            f'```python\nbase = transformers.{auto}.from_pretrained("{base}"{options})\n'
+            f'```python\ntokenizer = transformers.AutoTokenizer.from_pretrained("{name}")\n'
+            f'base = transformers.{auto}.from_pretrained("{base}"{options}{remote})\n{pad}'
             f'model = peft.PeftModel.from_pretrained(base, "{name}")\n```',
         ]
+        if remote:
+            lines += ["", "The base brings modelling code, which `trust_remote_code=True` runs: read it first."]
     if labels:
         lines += ["", f"Labels, in the order of the outputs: {', '.join(labels)}."]
     return "\n".join(lines) + "\n\n"
