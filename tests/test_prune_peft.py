@@ -1,19 +1,17 @@
-"""PrunePEFT: its arithmetic, the null test of every criterion and assignment, and whole searches on toys."""
+"""PrunePEFT: its arithmetic, the null test of every criterion and assignment, and plans."""
 
-import json
+import math
 import random
-import re
-import warnings
-from itertools import pairwise
 
 import pytest
+import scipy.stats
 import torch
 from conftest import tiny_model
+from torch import nn
 
-from sentei import adapters, checkpoint, recipe
+from sentei import adapters
 from sentei.adapters import Unit
-from sentei.data import examples
-from sentei.methods.prune_peft import CRITERIA, PrunePEFT, pages, planning
+from sentei.methods.prune_peft import CRITERIA, planning
 from sentei.methods.prune_peft import assignment as assigning
 from sentei.methods.prune_peft import criteria as scoring
 from sentei.methods.prune_peft.criteria import Recorder
@@ -117,6 +115,40 @@ def test_batches_of_opposite_sign_do_not_cancel():
     recorder.close()
 
 
+def test_a_step_that_is_not_finite_leaves_nothing(tokens):
+    """Its activations neither: they are there before its gradients are seen."""
+    model, units = injected("bert", init="hub")
+    model.eval()
+
+    def measured(bad):
+        recorder = Recorder(model, units, init="hub", threshold=0.05, threshold_mode="relative")
+        recorder.scoring = True
+        for number in range(11):
+            ids = tokens.roll(number, 1)
+            if bad and number == 5:
+                wrong = adapters.matrices(model, units[0])[0][1]
+                wrong.data.add_(float("nan"))
+                with torch.no_grad():
+                    model(input_ids=ids)
+                wrong.grad = torch.full_like(wrong, float("nan"))
+                recorder.gradients()
+                wrong.grad = None
+                for unit in units:
+                    adapters._initialise(model, unit, "hub", 0)
+            with torch.no_grad():
+                model(input_ids=ids)
+            recorder.gradients()
+        assert (recorder.steps, recorder.skipped) == (11, int(bad))
+        found = recorder.scores()["activation"]
+        recorder.close()
+        return found
+
+    for unit in units:
+        adapters._initialise(model, unit, "hub", 0)
+    clean = measured(False)
+    assert measured(True) == clean and all(math.isfinite(value) for value in clean.values())
+
+
 def test_a_role_counts_relative_to_its_kind():
     units = fake_units(2, 0)
     roles = {unit.id: ["A", "B"] for unit in units}
@@ -167,6 +199,7 @@ def test_activation_leaves_out_padding_and_starts_anew(tokens):
         recorder.begin(mask)
         with torch.no_grad():
             model(input_ids=ids, attention_mask=mask)
+        recorder.gradients()
         found = recorder.scores()["activation"]
         recorder.close()
         return found
@@ -176,6 +209,36 @@ def test_activation_leaves_out_padding_and_starts_anew(tokens):
     other[:, 8:] = 7
     assert all(value > 0 for value in first.values())
     assert measured(other) == pytest.approx(first) and measured(tokens) == first
+
+
+def test_wide_inputs_are_no_handicap():
+    """lora_A starts the smaller the wider its input is: at the start no criterion prefers a width."""
+    widths = (256, 1024)
+    units = [Unit(f"lora.L{i}", "lora", i, (f"layers.{i}.o",), ((w, 32),), 16) for i, w in enumerate(widths)]
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"o": nn.Linear(w, 32)}) for w in widths)
+    lora_into(model, units)
+    recorder = Recorder(model, units, init="zero", threshold=0.05, threshold_mode="relative")
+    recorder.scoring = True
+    random = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for unit in units:
+            for _, weight in adapters.matrices(model, unit):
+                weight.grad = torch.randn(weight.shape, generator=random)
+        recorder.gradients()
+    found = recorder.scores()
+    for criterion in ("weight", "threshold", "sensitivity", "gradient"):
+        narrow, wide = found[criterion].values()
+        assert narrow == pytest.approx(wide, rel=0.05), criterion
+    recorder.close()
+
+
+def lora_into(model, units):
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(adapters.lora_config(units, 1.0, 0.0), model)
+    for unit in units:
+        adapters._initialise(model, unit, "zero", 0)
 
 
 # --- null tests ---------------------------------------------------------------------------------
@@ -258,15 +321,109 @@ def test_votes_by_chance_and_a_real_table():
     units = fake_units(24, 24)
     cell_of = assigning.cells(units, 24, CUTS)
     draw = random.Random(0)
-    by_chance = assigning.count_votes([noise(units, draw) for _ in range(3)], cell_of, 0.25)
+    by_chance = assigning.count_votes([noise(units, draw) for _ in range(3)], cell_of, 0.25, seed=0)
     assert assigning.chance(by_chance, cell_of, seed=0) > 0.02
     first_layers = noise(units, draw)
     for criterion in CRITERIA:
         for unit in units:
             first_layers[criterion][unit.id] = float(unit.layer if criterion != "threshold" else -unit.layer)
-    votes = assigning.count_votes([first_layers] * 3, cell_of, 0.25)
+    votes = assigning.count_votes([first_layers] * 3, cell_of, 0.25, seed=0)
     assert assigning.chance(votes, cell_of, seed=0) < 0.01
     assert by_chance["zeros"] == dict.fromkeys(cell_of, 0)  # it abstained
+
+
+NUMBER = 6  # layers of the toys below
+
+
+def toy(widths):
+    """LoRA on linears of these input widths, and a bottleneck around each; nothing else."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"o": nn.Linear(width, 16)}) for width in widths)
+    lora = [Unit(f"lora.L{i}", "lora", i, (f"layers.{i}.o",), ((w, 16),), 4) for i, w in enumerate(widths)]
+    lora_into(model, lora)
+    model.host = nn.ModuleList(adapters.Bottleneck(nn.Identity(), 16, 4, 0.0, None, False) for _ in widths)
+    for name, parameter in model.host.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+    return model, lora + [Unit(f"adapter.L{i}", "adapter", i, (f"host.{i}",), ((16, 16),), 4) for i in range(NUMBER)]
+
+
+@torch.no_grad()
+def recorded_noise(model, units, random):
+    """Scores as the recorder makes them, of weights, gradients and inputs that say nothing of the layer."""
+    for unit in units:
+        for (_, weight), variance in zip(
+            adapters.matrices(model, unit), adapters.init_variances(unit, "zero"), strict=True
+        ):
+            weight.normal_(0, variance**0.5 or 0.1, generator=random)
+            weight[torch.rand(weight.shape, generator=random) < 0.1] = 0.0  # `zeros` would abstain
+    recorder = Recorder(model, units, init="zero", threshold=0.3, threshold_mode="relative")
+    recorder.scoring = True
+    for _ in range(2):
+        for unit in units:
+            (module,) = adapters.modules(model, unit)
+            x = torch.randn(1, 4, unit.sizes[0][0], generator=random)
+            if unit.is_lora:
+                module.base_layer.weight.normal_(0, unit.sizes[0][0] ** -0.5, generator=random)
+                module(x)
+            else:
+                module.change(x, torch.randn(x.shape, generator=random))
+            for _, weight in adapters.matrices(model, unit):
+                weight.grad = torch.randn(weight.shape, generator=random)
+        recorder.gradients()
+    found = recorder.scores()
+    recorder.close()
+    return found
+
+
+def first_to_go(widths, draws):
+    """criterion -> kind -> how often each layer's unit was the most prunable, and the mean percentile of each."""
+    model, units = toy(widths)
+    cell_of = assigning.cells(units, NUMBER, CUTS)
+    random = torch.Generator().manual_seed(0)
+    first = {(criterion, kind): [0] * NUMBER for criterion in CRITERIA for kind in ("lora", "adapter")}
+    mean = {key: [0.0] * NUMBER for key in first}
+    for number in range(draws):
+        scores = recorded_noise(model, units, random)
+        for criterion in CRITERIA:
+            assignment = assigning.fixed(criterion, cell_of)
+            judgement = assigning.judge(scores, units, cell_of, assignment, slope=4, seed=number)
+            assert not judgement.abstained.get("lora", []) and criterion not in judgement.abstained.get("adapter", [])
+            for kind, (name, *_) in judgement.order.items():
+                first[criterion, kind][int(name.rpartition("L")[2])] += 1
+            for unit in units:
+                mean[criterion, unit.kind][unit.layer] += judgement.percentile[criterion][unit.id] / draws
+    return first, mean
+
+
+def test_what_is_recorded_of_noise_prefers_no_layer():
+    first, _ = first_to_go([16] * NUMBER, 200)
+    for key, counts in first.items():
+        assert scipy.stats.chisquare(counts).pvalue > 1e-4, (key, counts)
+
+
+def test_what_is_recorded_of_noise_prefers_no_width():
+    """Few weights make a score noisier, so both ends of the order belong to them; the middle of all is the same."""
+    _, mean = first_to_go([8, 16, 32, 64, 16, 8], 200)
+    error = math.sqrt((1 - 1 / NUMBER**2) / 12 / 200)
+    for key, values in mean.items():
+        assert all(abs(value - 0.5) < 4.5 * error for value in values), (key, values)
+
+
+def test_votes_on_ties_prefer_no_layer():
+    """One unit stands out, the others are equal: the rest of the votes is dealt by chance."""
+    units = fake_units(24, 0)
+    cell_of = assigning.cells(units, 24, CUTS)
+    scores = {criterion: {unit.id: float(unit.layer != 12) for unit in units} for criterion in CRITERIA}
+    counts = [0] * 24
+    for seed in range(200):
+        votes = assigning.count_votes([scores], cell_of, 0.25, seed=seed)["weight"]
+        assert votes["lora.L12"] == 1 and sum(votes.values()) == 6
+        for unit in units:
+            counts[unit.layer] += votes[unit.id]
+    assert scipy.stats.chisquare(counts[:12] + counts[13:]).pvalue > 1e-3, counts
+    turns = assigning.count_votes([scores] * 20, cell_of, 0.25, seed=0)  # each is dealt anew, for each criterion
+    assert turns["weight"] != turns["gradient"] and sorted(turns["weight"].values())[-2] < 20
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -290,6 +447,23 @@ def test_budgets():
             planning.budget_parameters(budget, "supernet", units, 1000, 0)
 
 
+def test_the_head_counts_if_asked():
+    units = fake_units(4, 4, 10, 10)  # 284 parameters
+    assert planning.budget_parameters(0.5, "supernet", units, 1000, 16) == 150 - 16
+    with pytest.raises(ValueError, match="below the cheapest unit"):
+        planning.budget_parameters(100, "supernet", units, 1000, 90)
+
+
+def test_kinds_may_give_more_or_less():
+    """Weights shift a round's removals between kinds, and never ask for more than a kind has."""
+    totals = {"lora": 0, "adapter": 0}
+    for seed in range(200):
+        for kind, count in assigning.share({"lora": 12, "adapter": 12}, 4, seed=seed, weights={"adapter": 3.0}).items():
+            totals[kind] += count
+    assert totals == {"lora": 200, "adapter": 600}
+    assert assigning.share({"lora": 9, "adapter": 1}, 4, seed=0, weights={"adapter": 1e6}) == {"lora": 3, "adapter": 1}
+
+
 def planned(**changes):
     settings = {
         "train_rows": 100_000, "search_rows": 90_000, "steps": 20_000, "batch_size": 16, "warmup_steps": 60,
@@ -311,291 +485,3 @@ def test_plans_keep_to_the_ratio_or_say_so():
     tiny = planned(steps=30)
     assert tiny.ratio > 0.3 and "of one training, goal 0.30" in tiny.notes[-1]
     assert planned(steps_per_round=50).round_steps == 50 and planned(search_fraction=0.05).rows == 5000
-
-
-# --- whole searches on toys ----------------------------------------------------------------------
-
-FAST = {
-    "lora_r": 2, "lora_alpha": 4, "adapter_width": 4, "batch_size": 8, "epochs": 1.0, "lr": 5e-3, "seq_len": 16,
-    "steps_per_round": 4, "warmup_examples": 40, "warmup_epochs": 1, "warmup_turns": 2, "precision": "fp32",
-}  # fmt: skip
-
-
-@pytest.fixture
-def rows(tmp_path):
-    draw = random.Random(0)
-    lines = ["text\tpair\tlabel\tscore"]
-    for _ in range(120):
-        text = "".join(draw.choice("abcdefgh") for _ in range(10))
-        lines.append(f"{text}\t{text[::-1]}\t{int(text[0] < 'e')}\t{ord(text[0]) / 10}")
-    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
-    return tmp_path / "rows.tsv"
-
-
-def start(family, method, rows, words, tmp_path, **overrides):
-    """A model with the method's head, and the rows; the tiny base is on disk."""
-    folder = tmp_path / family
-    if not folder.exists():
-        tiny_model(family, **overrides).save_pretrained(folder)
-        words.save_pretrained(folder)
-    text = method.read(str(rows), "text")
-    model, tokenizer = checkpoint.load(folder, dtype="float32", **method.head(text))
-    return model, tokenizer, text
-
-
-def search(method, *arguments, **keywords):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return method.compress(*arguments, **keywords)
-
-
-def without_times(record):
-    return {key: value for key, value in record.items() if key not in ("seconds", "phases", "search_ratio")}
-
-
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [
-        ("bert", {}),
-        ("distilbert", {"pair_field": "pair", "assignment": "equal", "compare": True}),
-        ("llama", {"assignment": "paper", "lora_split": True}),
-        (
-            "qwen3",
-            {"label_field": "score", "kinds": ("lora",), "assignment": "gradient", "lora_targets": ("q", "down")},
-        ),
-        ("llama", {"task": "response", "label_field": "pair", "assignment": "random"}),
-    ],
-)
-def test_searches(family, fields, rows, words, tmp_path):
-    method = PrunePEFT(**FAST | fields)
-    model, tokenizer, text = start(family, method, rows, words, tmp_path)
-    base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    record = search(method, model, tokenizer, text)
-    json.dumps(record, allow_nan=False)
-
-    # the budget is met, to within one cheapest removed unit, and masks only shrink
-    units = {unit["id"]: unit for unit in record["units"]}
-    kept = sum(units[name]["parameters"] for name in record["living"])
-    removed = [units[name]["parameters"] for name in units if name not in record["living"]]
-    assert kept == record["parameters"]["living"] <= record["parameters"]["budget"]
-    assert record["parameters"]["budget"] - kept < min(removed)
-    masks = [set(found["living"]) for found in record["rounds"]]
-    assert all(later < earlier for earlier, later in pairwise(masks))
-
-    # the model holds the survivors and nothing else
-    heads = tuple(f"{name}." for name in adapters.head(model))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    counted = sum(model.get_parameter(name).numel() for name in trained if not name.startswith(heads or ("\0",)))
-    assert counted == kept
-    with torch.no_grad():
-        adapters.unload(model)
-    for name, p in model.named_parameters():
-        assert name.startswith(heads or ("\0",)) or torch.equal(p, base[name])
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-    # it can be read
-    texts = pages.all_pages(record)
-    assert "modules, 0 others" in texts["README.md"] and texts["heat_map.svg"].count("<title>") == len(units)
-    check = record["adapter"]["pattern_check"]
-    hits = [n for n, _ in model.named_modules() if re.fullmatch(record["adapter"]["pattern"], n)]
-    assert len(hits) == check["matched"] == check["expected"]
-    if fields.get("compare"):
-        assert record["plain_lora"]["parameters"] > 0 and record["search_ratio"]["seconds"] > 0
-
-
-def test_equal_seeds_equal_results_and_resuming(rows, words, tmp_path):
-    method = PrunePEFT(**FAST | {"save_every": 2})
-    whole_model, tokenizer, text = start("bert", method, rows, words, tmp_path)
-    whole = search(method, whole_model, tokenizer, text)
-    assert len(whole["rounds"]) >= 3 and whole["votes"] is not None
-
-    class Killed(Exception):
-        pass
-
-    def kill_at(moment):
-        seen = []
-
-        def report(event):
-            seen.append(event)
-            if len(seen) == moment:
-                raise Killed
-
-        return report
-
-    for moment in (7, 15, 20, 34):  # in the warm-up, in two rounds, in the final training
-        workdir = tmp_path / f"work{moment}"
-        model, tokenizer, _ = start("bert", method, rows, words, tmp_path)
-        with pytest.raises(Killed):
-            search(method, model, tokenizer, text, workdir=workdir, report=kill_at(moment))
-        model, tokenizer, _ = start("bert", method, rows, words, tmp_path)
-        again = search(method, model, tokenizer, text, workdir=workdir)
-        assert without_times(again) == without_times(whole)
-        for (name, one), (_, two) in zip(whole_model.named_parameters(), model.named_parameters(), strict=True):
-            assert torch.equal(one, two), name
-    other = PrunePEFT(**FAST | {"save_every": 2, "lr": 1e-3})
-    with pytest.raises(ValueError, match="holds a search with other lr"):
-        search(other, *start("bert", method, rows, words, tmp_path), workdir=workdir)
-    different = search(PrunePEFT(**FAST | {"seed": 1}), *start("bert", method, rows, words, tmp_path))
-    assert without_times(different) != without_times(whole)
-
-
-def test_a_planted_unit_that_learns_stays_and_useless_ones_go(rows, words, tmp_path, monkeypatch):
-    """Only one layer's bottleneck, and one LoRA, receive a gradient."""
-    method = PrunePEFT(**FAST | {"assignment": "gradient", "budget": 0.3, "steps_per_round": 6})
-    real = Recorder.gradients
-
-    def planted(self):
-        for unit in self.living:
-            for _, weight in self._matrices[unit.id]:
-                if weight.grad is not None and unit.layer != 2:
-                    weight.grad.mul_(1e-6)
-        real(self)
-
-    monkeypatch.setattr(Recorder, "gradients", planted)
-    for seed in range(2):
-        model, tokenizer, text = start("bert", method, rows, words, tmp_path, num_hidden_layers=6)
-        record = search(PrunePEFT(**vars(method) | {"seed": seed}), model, tokenizer, text)
-        assert {"lora.L2", "adapter.L2"} <= set(record["living"])
-        assert not {"lora.L2", "adapter.L2"} & {name for found in record["rounds"] for name in found["removed"]}
-
-
-def test_rolling_back(rows, words, tmp_path, monkeypatch):
-    from sentei.methods.prune_peft.training import Bench
-
-    values = iter([0.9, 0.88, 0.5, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(Bench, "score", lambda self, rows: next(values, 0.7))
-    method = PrunePEFT(**FAST | {"assignment": "paper", "budget": 0.2, "units_per_round": 1, "max_drop": 0.1})
-    model, tokenizer, text = start("bert", method, rows, words, tmp_path)
-    record = search(method, model, tokenizer, text)
-    # rounds 3 and 4 fail: back to the mask of round 2, before the removal that round 3 trained with
-    assert record["status"] == "stopped_early" and record["living"] == record["rounds"][1]["living"]
-    assert len(record["rounds"]) == 4 and record["parameters"]["living"] > record["parameters"]["budget"]
-
-
-def test_thresholds_reject_and_warn(rows, words, tmp_path):
-    method = PrunePEFT(**FAST | {"assignment": "paper", "min_metric": 1.1})
-    record = search(method, *start("bert", method, rows, words, tmp_path))
-    assert record["status"] == "rejected" and "below min_metric 1.1" in record["rejected"][0]
-    method = PrunePEFT(**FAST | {"assignment": "paper", "max_drop": 0.001})
-    with pytest.warns(UserWarning, match="less than 2 standard errors of accuracy"):
-        method.compress(*start("bert", method, rows, words, tmp_path))
-
-
-def test_a_saved_assignment_is_used_again(rows, words, tmp_path):
-    table = {"lora": [["gradient"]] * 4, "adapter": [["weight", "zeros"]] * 4}
-    (tmp_path / "x.json").write_text(json.dumps(table))
-    method = PrunePEFT(**FAST | {"assignment": f"file:{tmp_path / 'x.json'}"})
-    record = search(method, *start("bert", method, rows, words, tmp_path, num_hidden_layers=6))
-    assert record["assignment"] == {kind: [list(cell) for cell in blocks] for kind, blocks in table.items()}
-    (tmp_path / "x.json").write_text('{"lora": []}')
-    with pytest.raises(ValueError, match="is no assignment for these units"):
-        search(method, *start("bert", method, rows, words, tmp_path))
-
-
-def test_from_the_command_line_to_a_loaded_adapter(rows, words, tmp_path, capsys):
-    from sentei import cli
-
-    tiny_model("bert").save_pretrained(tmp_path / "bert")
-    words.save_pretrained(tmp_path / "bert")
-    flags = [word for name, value in FAST.items() for word in (f"--{name}", str(value))]
-    out = tmp_path / "out"
-    command = ["compress", str(tmp_path / "bert"), "--method", "prune_peft", "--data", str(rows), "--out", str(out)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert cli.main([*command, *flags, "--assignment", "paper"]) == 0
-        assert "parameters" in capsys.readouterr().out
-        worse = ["--compare", "true", "--max-drop-vs", "-1"]  # nothing is better by 1
-        assert cli.main([*command, *flags, "--assignment", "paper", "--min-metric", "1.1", *worse, "--force"]) == 3
-    assert {file.name for file in out.iterdir()} >= {
-        "adapter_config.json", "adapter_model.safetensors", "sentei_adapter.json", "prunepeft.json", "report.md",
-        "heat_map.svg", "README.md", "recipe.yaml",
-    }  # fmt: skip
-    checkpoint.load(out, dtype="float32")
-    stored = json.loads((out / "prunepeft.json").read_text())
-    assert len(stored["record"]["living"]) == len(stored["record"]["adapter"]["units"])
-    assert recipe.make_method("prune_peft", stored["fields"]) == PrunePEFT(
-        **FAST, assignment="paper", min_metric=1.1, compare=True, max_drop_vs=-1.0
-    )
-    checkpoint.load(out / "fallback", dtype="float32")  # LoRA everywhere, which was trained to compare with
-    assert len(json.loads((out / "fallback" / "sentei_adapter.json").read_text())["units"]) == 3
-    assert not list(tmp_path.glob(".out*"))
-    assert cli.main(["plan", *command[1:4], "--data", str(rows), *flags]) == 0
-    assert "96 to train on" in " ".join(capsys.readouterr().out.replace("rows ", "").split())
-
-
-def test_a_recipe_prunes_and_then_adapts_the_pruned_model(rows, words, tmp_path):
-    """Layers of different width, one without attention: the search runs on what is left and the folder loads."""
-    tiny_model("llama").save_pretrained(tmp_path / "llama")
-    words.save_pretrained(tmp_path / "llama")
-    lines = [f"so it goes, and goes again {i}, until the end of all the words.\n\n" for i in range(400)]
-    (tmp_path / "t.txt").write_text("".join(lines))
-    cut = {
-        "method": "one_shot", "criterion": "magnitude", "sparsity": 0.4, "calibration_samples": 4,
-        "calibration_seq_len": 16, "data": str(tmp_path / "t.txt"),
-    }  # fmt: skip
-    find = {"method": "prune_peft", "data": str(rows), "assignment": "paper", **FAST}
-    asked = {"model": str(tmp_path / "llama"), "out": str(tmp_path / "runs"), "report": None}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = recipe.run(recipe.Recipe(stages=[cut, find], **asked))
-    assert result["status"] == "accepted" and result["parameters"]["living"] <= result["parameters"]["budget"]
-    model, _ = checkpoint.load(result["checkpoint"], dtype="float32")
-    assert type(model).__name__ == "SenteiLlamaForSequenceClassification"
-    with pytest.raises(ValueError, match="must be the last"):
-        recipe.Recipe(stages=[find, cut], **asked)
-    with pytest.raises(ValueError, match="min_metric and max_drop_vs"):
-        recipe.Recipe(stages=[find], evaluate={"texts": ["python-docs"]}, **asked)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"budget_of": "half"}, "budget_of is one of supernet, base"),
-        ({"assignment": "vote"}, "assignment is one of warmup, paper"),
-        ({"adapter_init": "one"}, "adapter_init is one of"),
-        ({"task": "chess"}, "task is one of classification"),
-        ({"lr": 0}, "lr must be above 0"),
-        ({"depth_cuts": (0.5, 0.2, 0.8)}, "three rising numbers"),
-        ({"warmup_examples": 10}, "fewer than 2 batches of 16"),
-        ({"max_drop_vs": 0.1}, "compare=true"),
-        ({"kind_weights": (1.0,)}, "a number above 0 for each of lora, adapter"),
-        ({"score_from": 1.0}, "score_from and dropout"),
-        ({"search_fraction": 2.0}, "at most 1"),
-    ],
-)
-def test_bad_fields(fields, message):
-    with pytest.raises(ValueError, match=message):
-        PrunePEFT(**fields)
-
-
-def test_bad_inputs(rows, words, tmp_path):
-    def refused(message, family="bert", data=rows, model=None, **fields):
-        method = PrunePEFT(**FAST | {"assignment": "paper"} | fields)
-        with pytest.raises(ValueError, match=message):
-            arguments = start(family, method, data, words, tmp_path)
-            search(method, model or arguments[0], *arguments[1:])
-
-    refused("nothing would be removed; the search space has", budget=10_000_000)
-    refused("below the cheapest unit", budget=3)
-    refused("metric 'spearman' is not for classification", metric="spearman")
-    refused("goal 0.30; raise max_search_ratio", strict_search_ratio=True)
-    refused("no field 'mark'", label_field="mark")
-    model, _ = injected("bert")
-    refused("has PEFT modules already", model=model)
-    refused("use one process or DDP", model=torch.nn.DataParallel(tiny_model("bert")))
-    few = tmp_path / "few.tsv"
-    few.write_text("text\tlabel\n" + "".join(f"row {i}\t{i % 2}\n" for i in range(16)))
-    refused("fewer than 2 batches of 8", data=few)
-    refused("3 steps leave fewer than 2 scored batches; raise steps_per_round", steps_per_round=3)
-    one = tmp_path / "one.tsv"
-    one.write_text("text\tlabel\n" + "".join(f"row {i}\t1\n" for i in range(60)))
-    refused("a classification needs two or more", data=one)
-    with pytest.raises(ValueError, match="this method learns from labelled rows"):
-        recipe.compress(tmp_path / "bert", method="prune_peft", out=tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-def test_slices_hold_every_label(rows):
-    text = examples.load(rows, text_field="text")
-    few = examples.stratified(text.train, 8, seed=0, labels=2)
-    assert {row["label"] for row in few} == {0, 1}

@@ -3,8 +3,8 @@
 1. Put LoRA on query and value, and a serial bottleneck behind the feed-forward, into every layer     `adapters.units`
 2. Fit the search into its share of one training: steps, rounds, slice of the data                    `planning.plan`
 3. Warm-up: short runs in which all six criteria vote; each cell (kind x depth block) gets the
-   criteria that prune most in it, each criterion the cell it prunes most                            `_assign`
-4. Rounds: start again from the pre-trained weights, train briefly, score every living unit,          `_rounds`
+   criteria that prune most in it, each criterion the cell it prunes most                      `rounds.assign`
+4. Rounds: start again from the pre-trained weights, train briefly, score every living unit,    `rounds.rounds`
    remove the k most prunable, each kind its share                                       `assignment.judge`, `remove`
 5. At the budget: put back what still fits                                                           `put_back`
 6. Train the survivors from scratch on all the data                                                  `_retrain`
@@ -17,27 +17,27 @@ prunability; its softmax is left out, which is monotone within a cell and means 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors.torch import save_file
+from accelerate.utils import parse_flag_from_env
 
-from sentei import adapters
+from sentei import adapters, structure
 from sentei.adapters import Unit
 from sentei.data import examples
 from sentei.evaluate import scores
 from sentei.methods import Progress, option
 from sentei.methods.prune_peft import assignment as assigning
-from sentei.methods.prune_peft import pages, planning, tasks
-from sentei.methods.prune_peft.criteria import CRITERIA
+from sentei.methods.prune_peft import pages, planning, rounds, tasks
+from sentei.methods.prune_peft.criteria import CRITERIA, THRESHOLDS
+from sentei.methods.prune_peft.rounds import Search
+from sentei.methods.prune_peft.state import State
 from sentei.methods.prune_peft.training import Bench
+from sentei.train import processes
 
 FALLBACK = "plain_lora.safetensors"  # in the work folder: what is exported too where a search was rejected
 ASSIGNMENTS = ("warmup", "paper", "equal", "random", *CRITERIA)
@@ -72,8 +72,8 @@ class PrunePEFT:
     warmup_epochs: int = option(3, "passes over the rows in a turn", "released code")
     warmup_top: float = option(0.25, "share of a kind that each criterion votes against", "[ours]")
     rank_slope: float = option(4.0, "beta of the rank weight sigmoid(beta (2p - 1))", "eq. 1; [ours]")
-    threshold: float = option(0.05, "of the criterion threshold, relative to the role's RMS", "[ours]")
-    threshold_mode: str = option("relative", "or absolute, with 1e-6 in the released code", "[ours]")
+    threshold: float | None = option(None, "of that criterion; default 0.05 or 1e-6, by mode", "[ours]; released code")
+    threshold_mode: str = option("relative", "to the RMS of the matrix's role; or absolute", "[ours]")
     score_from: float = option(0.5, "scores are of the rest of a round: LoRA's A has no gradient at first", "[ours]")
     depth_cuts: tuple[float, ...] = option((0.2, 0.5, 0.8), "where depth blocks begin", "released code")
     kind_weights: tuple[float, ...] | None = option(None, "shifts removals between kinds, in their order", "[ours]")
@@ -108,7 +108,7 @@ class PrunePEFT:
     def __post_init__(self) -> None:
         _one_of("budget_of", self.budget_of, ("supernet", "base"))
         _one_of("adapter_init", self.adapter_init, adapters.INITS)
-        _one_of("threshold_mode", self.threshold_mode, ("relative", "absolute"))
+        _one_of("threshold_mode", self.threshold_mode, tuple(THRESHOLDS))
         _one_of("task", self.task, (None, *tasks.DEFAULT_METRIC))
         if not self.assignment.startswith("file:"):
             _one_of("assignment", self.assignment, ASSIGNMENTS)
@@ -153,8 +153,6 @@ class PrunePEFT:
 
     def space(self, model: Any) -> list[Unit]:
         """All units of the supernet."""
-        from sentei import structure
-
         decoder = structure.is_causal(model)
         hidden = model.config.hidden_size
         return adapters.units(
@@ -167,8 +165,6 @@ class PrunePEFT:
         )
 
     def alpha_per_rank(self, model: Any) -> float:
-        from sentei import structure
-
         decoder = structure.is_causal(model)
         return (self.lora_alpha or (16 if decoder else 32)) / (self.lora_r or (8 if decoder else 32))
 
@@ -204,7 +200,7 @@ class PrunePEFT:
         base_parameters = sum(p.numel() for p in model.parameters())
         space = self.space(model)
         base_fingerprint = adapters.fingerprint(model)
-        pattern_check = None
+        remarks = adapters.remarks(model, space)
         task = tasks.Task(text, tokenizer, model, metric=self.metric, length=self.seq_len)
         bench = Bench(model, task, self, self.alpha_per_rank(model))
         head_parameters = sum(p.numel() for p in bench.head_parameters())
@@ -212,6 +208,7 @@ class PrunePEFT:
         plan = self._plan(space, text, searched, base_parameters - head_parameters, head_parameters)
         for note in plan.notes:
             warnings.warn(note, stacklevel=2)
+        for note in [*plan.notes, *remarks]:
             say({"message": note})
         if self.strict_search_ratio and plan.ratio > self.max_search_ratio * 1.001:
             raise ValueError(
@@ -219,21 +216,25 @@ class PrunePEFT:
             )
         self._warn_about_thresholds(task, watched, text.validation)
 
-        state = _State.open(workdir, self, space, text.sha256)
+        state = State.open(workdir, self, space, text.sha256)
+        with state.timed("tokenising"):
+            task.encode([*text.train, *text.validation])
         labels = len(text.labels) if text.labels else None
+        cell_of = assigning.cells(space, len(structure.layers(model)), self.depth_cuts)
+        search = Search(self, bench, space, cell_of, labels, plan, state, say)
+        rounds.assign(search, searched)
         sliced = examples.stratified(searched, plan.rows, seed=self.seed, labels=labels)
-        cell_of = assigning.cells(space, _num_layers(model), self.depth_cuts)
-        self._assign(bench, space, cell_of, searched, labels, plan, state, say)
-        living = self._rounds(bench, space, cell_of, sliced, watched, plan, state, say)
+        living = rounds.rounds(search, sliced, watched)
         adapters.unload(model)
         pattern = adapters.pattern(living)
         pattern_check = adapters.check_pattern(pattern, model, living)
         if self.compare:
-            self._compare(bench, space, text, plan, state, say)
-        self._retrain(bench, living, text, plan, state, say)
+            self._compare(search, text)
+        self._retrain(search, living, text)
         model.eval()
 
-        result = self._record(state, plan, space, living, text, task, bench)
+        result = self._record(search, living, text)
+        result["notes"] += remarks
         result["adapter"] = {
             "units": [asdict(unit) for unit in living],
             "alpha_per_rank": bench.alpha_per_rank,
@@ -250,7 +251,7 @@ class PrunePEFT:
 
     def _plan(self, space: list[Unit], text: examples.Examples, searched: list, base: int, head: int) -> planning.Plan:
         budget = planning.budget_parameters(self.budget, self.budget_of, space, base, head if self.count_head else 0)
-        batch = self.batch_size * self.accumulate
+        batch = self.batch_size * self.accumulate * processes().num_processes
         least = 2 * len(text.labels) if text.labels else 2
         if len(searched) < max(2 * batch, least):
             raise ValueError(
@@ -277,215 +278,98 @@ class PrunePEFT:
         )
         turn = plan.warmup_steps // self.warmup_turns
         for name, steps in (("steps_per_round", plan.round_steps), ("warmup_epochs", turn)):
-            if 0 < steps - math.ceil(self.score_from * steps) < 2:
+            if steps and steps - math.ceil(self.score_from * steps) < 2:
                 raise ValueError(f"{steps} steps leave fewer than 2 scored batches; raise {name}, or lower score_from")
         return plan
 
-    def _assign(
-        self,
-        bench: Bench,
-        space: list[Unit],
-        cell_of: dict[str, assigning.Cell],
-        rows: list[examples.Row],
-        labels: int | None,
-        plan: planning.Plan,
-        state: _State,
-        say: Progress,
-    ) -> None:
-        """Step 3, or what stands in for it, into `state`."""
-        if "assignment" in state.values:
-            return
-        if plan.assignment.startswith("file:"):
-            found = assigning.from_file(plan.assignment[5:], cell_of)
-        elif plan.assignment != "warmup":
-            found = None if plan.assignment == "random" else assigning.fixed(plan.assignment, cell_of)
-        else:
-            steps = plan.warmup_steps // self.warmup_turns
-            turns = []
-            for turn in range(self.warmup_turns):
-                few = examples.stratified(rows, self.warmup_examples, seed=self.seed + 1000 * (turn + 1), labels=labels)
-                tell = _teller(say, f"warm-up {turn + 1} of {self.warmup_turns}")
-                measured, seconds = bench.measure(space, few, steps, seed=("warm-up", turn), say=tell)
-                state.spend("warmup", seconds)
-                turns.append(measured)
-            votes = assigning.count_votes(turns, cell_of, self.warmup_top)
-            sizes = {cell: list(cell_of.values()).count(cell) for cell in set(cell_of.values())}
-            found = assigning.match(assigning.by_cell(votes, cell_of), sizes)
-            p = assigning.chance(votes, cell_of, seed=self.seed)
-            state.values["votes"], state.values["chance"] = votes, p
-            if p > 0.05:
-                note = f"the warm-up's votes are as uneven by chance with probability {p:.2f}: the table says little"
-                state.values.setdefault("notes", []).append(note)
-                say({"message": note})
-        state.values["assignment"] = None if found is None else assigning.as_table(found)
-        state.save()
-
-    def _rounds(
-        self,
-        bench: Bench,
-        space: list[Unit],
-        cell_of: dict[str, assigning.Cell],
-        rows: list[examples.Row],
-        watched: list[examples.Row],
-        plan: planning.Plan,
-        state: _State,
-        say: Progress,
-    ) -> list[Unit]:
-        """Steps 4 and 5; the units that stay."""
-        by_id = {unit.id: unit for unit in space}
-        table = state.values["assignment"]
-        assignment = None if table is None else {cell: tuple(table[cell[0]][cell[1]]) for cell in set(cell_of.values())}
-        living = [by_id[name] for name in state.values["living"]]
-        weights = dict(zip(self.kinds, self.kind_weights, strict=True)) if self.kind_weights else {}
-        weights = {kind: weights.get(kind.partition("_")[0], 1.0) for kind in {unit.kind for unit in space}}
-        while sum(unit.parameters for unit in living) > plan.budget and state.values["status"] == "searching":
-            number = len(state.values["rounds"])
-            found: dict[str, Any] = {"living": [unit.id for unit in living]}
-            measured: dict[str, dict[str, float]] = {}
-            if self.assignment != "random" or self.max_drop is not None:
-                tell = _teller(say, f"round {number + 1} of about {plan.rounds}, {len(living)} units")
-                measured, seconds = bench.measure(living, rows, plan.round_steps, seed=("round", number), say=tell)
-                state.spend("rounds", seconds)
-            if self.max_drop is not None:
-                found["watched"] = bench.score(watched)
-                if (mask := self._failing(state.values["rounds"], found)) is not None:
-                    living = [by_id[name] for name in mask]
-                    state.values["status"] = "stopped_early"
-            if state.values["status"] == "searching":
-                seed = (self.seed, "judge", number)
-                judgement = assigning.judge(measured, living, cell_of, assignment, slope=self.rank_slope, seed=seed)
-                gone = assigning.remove(
-                    living, judgement, plan.units_per_round, plan.budget, seed=(self.seed, number), weights=weights
-                )
-                names = {unit.id for unit in gone}
-                living = [unit for unit in living if unit.id not in names]
-                found |= {
-                    "removed": [unit.id for unit in gone],
-                    "scores": measured,
-                    "percentiles": judgement.percentile,
-                    "combined": judgement.combined,
-                    "probability": judgement.probability,
-                    "abstained": judgement.abstained,
-                }
-            state.values["rounds"].append(found)
-            state.values["living"] = [unit.id for unit in living]
-            state.save()
-        if state.values["status"] == "searching":
-            removed = [[by_id[name] for name in found["removed"]] for found in state.values["rounds"]]
-            back = assigning.put_back(living, removed, plan.budget)
-            names = {unit.id for unit in [*living, *back]}
-            living = [unit for unit in space if unit.id in names]
-            state.values |= {
-                "put_back": [unit.id for unit in back],
-                "living": [unit.id for unit in living],
-                "status": "found",
-            }
-            state.save()
-        return living
-
-    def _failing(self, rounds: list[dict[str, Any]], now: dict[str, Any]) -> list[str] | None:
-        """The mask to go back to, if the watched metric was too low for `patience` rounds up to now."""
-        all_rounds = [*rounds, now]
-        floor = all_rounds[0]["watched"] - (self.max_drop or 0.0)
-        last = all_rounds[-self.patience :]
-        if len(all_rounds) <= self.patience or not all(found["watched"] < floor for found in last):
-            return None
-        return all_rounds[-self.patience - 1]["living"]
-
-    def _compare(self, bench: Bench, space: list[Unit], text: Any, plan: Any, state: _State, say: Progress) -> None:
+    def _compare(self, search: Search, text: examples.Examples) -> None:
         """LoRA in every layer, trained as the survivors will be."""
+        state, bench = search.state, search.bench
         if "plain_lora" in state.values:
             return
-        everywhere = [unit for unit in space if unit.is_lora]
+        everywhere = [unit for unit in search.space if unit.is_lora]
         if not everywhere:
             raise ValueError("compare trains LoRA everywhere, which is not among kinds; add lora, or leave compare out")
-        bench.put(everywhere, "final")
-        folder = state.folder / "plain_lora" if state.folder else None
-        tell = _teller(say, "LoRA everywhere")
-        seconds = bench.fit(text.train, plan.steps, seed="final", folder=folder, say=tell)
-        state.spend("plain_lora", seconds)
+        state.values["seconds"]["plain_lora"] = self._train(search, everywhere, text, "plain_lora", "LoRA everywhere")
         state.values["plain_lora"] = {
             "metric": bench.score(text.validation),
             "parameters": sum(unit.parameters for unit in everywhere),
             "units": [asdict(unit) for unit in everywhere],
         }
-        if state.folder:
-            save_file(adapters.state(bench.model, everywhere), state.folder / FALLBACK)
+        state.save_tensors(FALLBACK, adapters.state(bench.model, everywhere))
         state.save()
 
-    def _retrain(
-        self, bench: Bench, living: Sequence[Unit], text: Any, plan: Any, state: _State, say: Progress
-    ) -> None:
+    def _retrain(self, search: Search, living: Sequence[Unit], text: examples.Examples) -> None:
         """Step 6."""
-        bench.put(living, "final")
-        folder = state.folder / "retrain" if state.folder else None
-        seconds = bench.fit(text.train, plan.steps, seed="final", folder=folder, say=_teller(say, "final training"))
-        state.values["seconds"]["retrain"] = seconds
+        search.state.values["seconds"]["retrain"] = self._train(search, living, text, "retrain", "final training")
 
-    def _record(
-        self,
-        state: _State,
-        plan: planning.Plan,
-        space: list[Unit],
-        living: list[Unit],
-        text: Any,
-        task: Any,
-        bench: Any,
-    ) -> dict[str, Any]:
-        begun = time.monotonic()
-        value = bench.score(text.validation) if text.validation else None
-        state.spend("measuring", time.monotonic() - begun)
-        total, kept = (sum(unit.parameters for unit in units) for units in (space, living))
-        seconds = state.values["seconds"]
-        search = seconds.get("warmup", 0.0) + seconds.get("rounds", 0.0)
-        plain, plain_row = seconds.get("plain_lora"), state.values.get("plain_lora")
-        trained = sum(bool(found.get("scores")) or "watched" in found for found in state.values["rounds"])
-        steps = plan.warmup_steps + trained * plan.round_steps
+    def _train(self, search: Search, units: Sequence[Unit], text: examples.Examples, folder: str, what: str) -> float:
+        """Units trained from scratch on all the data, the head as it will be saved; seconds of all sittings."""
+        bench, where = search.bench, search.state.folder
+        bench.put(units, "final")
+        seconds = bench.fit(
+            text.train, search.plan.steps, seed="final", folder=where / folder if where else None, say=search.tell(what)
+        )
+        bench.settle_head()
+        return seconds
+
+    def _record(self, search: Search, living: list[Unit], text: examples.Examples) -> dict[str, Any]:
+        state, plan, bench = search.state, search.plan, search.bench
+        values, metric = state.values, bench.task.metric
+        with state.timed("measuring"):
+            value = bench.score(text.validation) if text.validation else None
+        total, kept = (sum(unit.parameters for unit in units) for units in (search.space, living))
+        seconds = values["seconds"]
+        spent, final = seconds["warmup"] + seconds.get("rounds", 0.0), seconds["retrain"]
+        plain, plain_row = seconds.get("plain_lora"), values.get("plain_lora")
+        trained = sum(bool(found.get("scores")) or "watched" in found for found in values["rounds"])
+        notes = [*plan.notes, *values.get("notes", [])]
+        stopped = values["status"] == "stopped_early"
+        if stopped:
+            notes.append(
+                f"the search stopped early, in round {len(values['rounds'])}: the watched {metric} fell by more than "
+                f"{self.max_drop:g}, and the budget is not met"
+            )
         rejected = []
         if value is not None and self.min_metric is not None and value < self.min_metric:
-            rejected.append(f"{task.metric} {value:.4f} is below min_metric {self.min_metric:g}")
-        if (
-            value is not None
-            and plain_row
-            and self.max_drop_vs is not None
-            and value < plain_row["metric"] - self.max_drop_vs
-        ):
-            rejected.append(
-                f"{task.metric} {value:.4f} is more than {self.max_drop_vs:g} below {plain_row['metric']:.4f}"
-            )
+            rejected.append(f"{metric} {value:.4f} is below min_metric {self.min_metric:g}")
+        if value is not None and plain_row and self.max_drop_vs is not None:
+            least = plain_row["metric"] - self.max_drop_vs
+            if value < least:
+                rejected.append(
+                    f"{metric} {value:.4f} is more than {self.max_drop_vs:g} below {plain_row['metric']:.4f}"
+                )
         return {
-            "status": "rejected"
-            if rejected
-            else "stopped_early"
-            if state.values["status"] == "stopped_early"
-            else "accepted",
+            "status": "rejected" if rejected else "stopped_early" if stopped else "accepted",
             "rejected": rejected,
-            "metric": {"name": task.metric, "value": value, "rows": len(text.validation), "part": "validation"},
+            "stopped_early": stopped,
+            "metric": {"name": metric, "value": value, "rows": len(text.validation), "part": "validation"},
             "plain_lora": plain_row,
             "units": [
                 {"id": u.id, "kind": u.kind, "layer": u.layer, "rank": u.rank, "parameters": u.parameters}
-                for u in space
+                for u in search.space
             ],
             "living": [unit.id for unit in living],
-            "put_back": state.values.get("put_back", []),
-            "rounds": state.values["rounds"],
-            "assignment": state.values["assignment"],
+            "put_back": values.get("put_back", []),
+            "rounds": values["rounds"],
+            "assignment": values["assignment"],
             "assigned_by": plan.assignment,
-            "votes": state.values.get("votes"),
-            "chance": state.values.get("chance"),
-            "notes": [*plan.notes, *state.values.get("notes", [])],
+            "votes": values.get("votes"),
+            "chance": values.get("chance"),
+            "notes": notes,
             "plan": asdict(plan),
             "parameters": {"supernet": total, "budget": plan.budget, "living": kept},
             "search_ratio": {
-                "rows": steps / plan.steps,
-                "seconds": search / plain if plain else None,
-                "seconds_estimated": None if plain else search / (seconds["retrain"] or 1.0),
+                "rows": (plan.warmup_steps + trained * plan.round_steps) / plan.steps,
+                "seconds": spent / plain if plain else None,
+                "seconds_estimated": None if plain else spent / final,
+                "with_training": (spent + final) / plain if plain else None,
             },
             "seconds": sum(seconds.values()),
             "phases": dict(seconds),
             "history": [
                 {"step": number, "living": len(found["living"]), "watched": found.get("watched")}
-                for number, found in enumerate(state.values["rounds"], 1)
+                for number, found in enumerate(values["rounds"], 1)
             ],
         }
 
@@ -505,56 +389,6 @@ class PrunePEFT:
                     )
 
 
-class _State:
-    """What a killed search goes on from; written after the warm-up and after each round."""
-
-    def __init__(self, folder: Path | None, values: dict[str, Any]):
-        self.folder, self.values = folder, values
-
-    @staticmethod
-    def open(folder: Path | None, method: PrunePEFT, space: list[Unit], data: str) -> _State:
-        same = json.loads(json.dumps({"fields": asdict(method), "units": [asdict(u) for u in space], "data": data}))
-        start = {
-            "of": same,
-            "living": [unit.id for unit in space],
-            "rounds": [],
-            "seconds": {},
-            "status": "searching",
-        }
-        if folder is None or not (folder / "state.json").exists():
-            return _State(folder, start)
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if values["of"] != same:
-            old = values["of"]["fields"]
-            fields = [name for name, value in same["fields"].items() if old.get(name) != value]
-            raise ValueError(
-                f"{folder} holds a search with other {', '.join(fields) or 'data or model'}; use another folder, or "
-                "delete it"
-            )
-        return _State(folder, values)
-
-    def spend(self, phase: str, seconds: float) -> None:
-        self.values["seconds"][phase] = self.values["seconds"].get(phase, 0.0) + seconds
-
-    def save(self) -> None:
-        if self.folder is None or int(os.environ.get("RANK", "0")):
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / ".state.json.part"
-        part.write_text(json.dumps(self.values), encoding="utf-8")
-        part.replace(self.folder / "state.json")
-
-
-def _teller(say: Progress, what: str) -> Any:
-    return lambda step, of, loss: say({"step": step, "of": of, "message": f"{what}: loss {loss:.3f}"})
-
-
-def _num_layers(model: Any) -> int:
-    from sentei import structure
-
-    return len(structure.layers(model))
-
-
 def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
         words = ", ".join(str(word) for word in known if word is not None)
@@ -562,6 +396,8 @@ def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
 
 
 def _refuse_sharding(model: Any) -> None:
-    name = type(model).__name__
-    if name in ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine") or os.environ.get("ACCELERATE_USE_FSDP"):
-        raise ValueError(f"{name}: the search reads whole gradients: use one process or DDP")
+    sharded = [flag for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED") if parse_flag_from_env(flag)]
+    if type(model).__name__ in ("DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"):
+        sharded.append(type(model).__name__)
+    if sharded:
+        raise ValueError(f"{sharded[0]}: the search reads whole gradients: use one process or DDP")

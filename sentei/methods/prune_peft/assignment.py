@@ -100,19 +100,24 @@ def as_table(assignment: Assignment) -> dict[str, list[list[str]]]:
 
 
 def count_votes(
-    scores: Sequence[Mapping[str, Mapping[str, float]]], cell_of: Mapping[str, Cell], top: float
+    scores: Sequence[Mapping[str, Mapping[str, float]]], cell_of: Mapping[str, Cell], top: float, *, seed: object
 ) -> dict[str, dict[str, int]]:
-    """Criterion -> unit id -> in how many turns it was in the criterion's most prunable share `top` of its kind."""
+    """Criterion -> unit id -> in how many turns it was in the criterion's most prunable share `top` of its kind.
+
+    Ties are broken by chance, another one for every turn, kind and criterion.
+    """
     votes = {criterion: dict.fromkeys(sorted(cell_of), 0) for criterion in CRITERIA}
-    for turn in scores:
+    for number, turn in enumerate(scores):
         for criterion, of_unit in turn.items():
             for kind in sorted({cell[0] for cell in cell_of.values()}):
                 ids = sorted(name for name in of_unit if cell_of[name][0] == kind)
                 d = [prunability(criterion, of_unit[name]) for name in ids]
                 if abstains(d):
                     continue
-                for place in sorted(range(len(ids)), key=lambda i: -d[i])[: max(1, round(top * len(ids)))]:
-                    votes[criterion][ids[place]] += 1
+                draw = [mix(seed, "votes", number, kind, criterion, name) for name in ids]
+                order = sorted(zip(d, draw, ids, strict=True), reverse=True)
+                for _, _, name in order[: max(1, round(top * len(ids)))]:
+                    votes[criterion][name] += 1
     return votes
 
 

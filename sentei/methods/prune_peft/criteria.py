@@ -2,8 +2,10 @@
 
 Every criterion is a mean over the unit's weights, so that a unit's size does not matter, and each of its matrices
 counts relative to the same role in the other units: lora_A is large from the start, lora_B begins at 0, and without
-this the one would drown the other. Gradients are taken per optimiser step, before clipping; their absolute values are
-averaged over steps, so that steps of opposite sign do not cancel. Biases are trained but not scored.
+this the one would drown the other. Weights count in units of their matrix's first standard deviation, where it has
+one: lora_A starts the smaller the wider its input is, and widths differ in a pruned model. Gradients are taken per
+optimiser step, before clipping; their absolute values are averaged over steps, so that steps of opposite sign do not
+cancel. Biases are trained but not scored.
 
 Legend: U units, S criteria; d is a score turned so that larger means "rather remove it".
 """
@@ -21,6 +23,7 @@ from sentei import adapters
 from sentei.adapters import Bottleneck, Unit
 
 CRITERIA = ("weight", "zeros", "threshold", "activation", "sensitivity", "gradient")
+THRESHOLDS = {"relative": 0.05, "absolute": 1e-6}  # by mode; of the criterion "threshold"
 _SPREAD = 1e-12  # of the largest value: less is no difference
 
 
@@ -37,11 +40,14 @@ class Recorder:
         self.steps = self.skipped = 0
         self._mask_BT: Tensor | None = None
         self._matrices = {unit.id: adapters.matrices(model, unit) for unit in living}
+        # Standard deviation of each matrix at the start; 1 for those that start at 0.
+        self._first = {u.id: [math.sqrt(v) or 1.0 for v in adapters.init_variances(u, init)] for u in living}
         # Sums start at 0 for every unit and every round.
         self._gradient = {unit.id: [0.0] * len(self._matrices[unit.id]) for unit in living}
         self._sensitivity = {unit.id: [0.0] * len(self._matrices[unit.id]) for unit in living}
         self._activation = {unit.id: [0.0] * len(unit.modules) for unit in living}
         self._forwards = {unit.id: [0] * len(unit.modules) for unit in living}
+        self._seen: list[tuple[str, int, float]] = []  # activations of the step that is under way
         self._host_mean = dict.fromkeys((name for unit in living for name in unit.modules), 0.0)
         self._hooks: list[Any] = []
         for unit in living:
@@ -56,6 +62,7 @@ class Recorder:
         """One optimiser step's gradients, accumulated and reduced, before clipping and before the step."""
         if not self.scoring:
             return
+        seen, self._seen = self._seen, []
         means: dict[str, tuple[list[float], list[float]]] = {}
         for unit in self.living:
             gradient, sensitivity = [], []
@@ -68,6 +75,9 @@ class Recorder:
             self.skipped += 1
             return
         self.steps += 1
+        for name, place, activation in seen:
+            self._activation[name][place] += activation
+            self._forwards[name][place] += 1
         for name, (gradient, sensitivity) in means.items():
             self._gradient[name] = [a + b for a, b in zip(self._gradient[name], gradient, strict=True)]
             self._sensitivity[name] = [a + b for a, b in zip(self._sensitivity[name], sensitivity, strict=True)]
@@ -83,13 +93,13 @@ class Recorder:
         activation = self._reduced_activation()
         weight, zeros, gradient, sensitivity = {}, {}, {}, {}
         for unit in self.living:
-            variances = adapters.init_variances(unit, self.init)
             values = [weights.detach().double() for _, weights in self._matrices[unit.id]]
-            squares = [float(value.square().mean()) for value in values]
-            weight[unit.id] = [s / v if v else s for s, v in zip(squares, variances, strict=True)]
+            first = self._first[unit.id]
+            weight[unit.id] = [float((w / std).square().mean()) for w, std in zip(values, first, strict=True)]
             zeros[unit.id] = sum(float((value != 0).double().mean()) for value in values) / len(values)
             gradient[unit.id] = [x / self.steps for x in self._gradient[unit.id]]
-            sensitivity[unit.id] = [x / self.steps for x in self._sensitivity[unit.id]]
+            means = zip(self._sensitivity[unit.id], first, strict=True)
+            sensitivity[unit.id] = [x / self.steps / std for x, std in means]
         roles = {unit.id: [role for role, _ in self._matrices[unit.id]] for unit in self.living}
         return {
             "weight": relative(weight, roles, self.living),
@@ -110,8 +120,7 @@ class Recorder:
     def _watch(self, unit: Unit, place: int, module: Any) -> None:
         def add(added: Tensor, host_mean: float) -> None:
             if self.scoring and host_mean > 0:
-                self._activation[unit.id][place] += self._mean(added) / host_mean
-                self._forwards[unit.id][place] += 1
+                self._seen.append((unit.id, place, self._mean(added) / host_mean))
 
         if isinstance(module, Bottleneck):
             module.watch = lambda added, host: add(added, self._mean(host) if self.scoring else 0.0)
@@ -157,19 +166,22 @@ class Recorder:
         return dict(zip((unit.id for unit in self.living), means.tolist(), strict=True))
 
     def _below_threshold(self) -> dict[str, float]:
+        relative_to_role = self.threshold_mode == "relative"
+        sizes: dict[str, list[tuple[str, Tensor]]] = {}
         squares: dict[tuple[str, str], list[float]] = {}
         for unit in self.living:
-            for role, weights in self._matrices[unit.id]:
-                squares.setdefault((unit.kind, role), []).append(float(weights.detach().double().square().mean()))
+            sizes[unit.id] = []
+            for (role, weights), first in zip(self._matrices[unit.id], self._first[unit.id], strict=True):
+                size = weights.detach().double().abs() / (first if relative_to_role else 1.0)
+                sizes[unit.id].append((role, size))
+                squares.setdefault((unit.kind, role), []).append(float(size.square().mean()))
+        limits = {
+            key: self.threshold * (math.sqrt(sum(of_role) / len(of_role)) if relative_to_role else 1.0)
+            for key, of_role in squares.items()
+        }
         below = {}
         for unit in self.living:
-            shares = []
-            for role, weights in self._matrices[unit.id]:
-                of_role = squares[unit.kind, role]
-                limit = self.threshold
-                if self.threshold_mode == "relative":
-                    limit *= math.sqrt(sum(of_role) / len(of_role))
-                shares.append(float((weights.detach().abs() < limit).double().mean()))
+            shares = [float((size < limits[unit.kind, role]).double().mean()) for role, size in sizes[unit.id]]
             below[unit.id] = sum(shares) / len(shares)
         return below
 

@@ -35,6 +35,11 @@ def markdown(record: dict[str, Any]) -> str:
         f"| share of the base model | {kept / base:.2%}; with the head {(kept + parameters['head']) / base:.2%} |",
         f"| search / one training, in rows seen | {ratio['rows']:.2f} |",
         f"| search / one LoRA training, in seconds | {_seconds(ratio)} |",
+        *(
+            [f"| (search + final training) / one LoRA training, in seconds | {ratio['with_training']:.2f} |"]
+            if ratio["with_training"] is not None
+            else []
+        ),
         *(f"| seconds: {name} | {seconds:.1f} |" for name, seconds in record["phases"].items()),
     ]
     if record["plain_lora"]:

@@ -27,7 +27,7 @@ class Task:
         length: tokens of a row at most; longer ones are cut.
     """
 
-    def __init__(self, rows: Examples, tokenizer: Any, model: nn.Module, *, metric: str | None, length: int):
+    def __init__(self, rows: Examples, tokenizer: Any, model: Any, *, metric: str | None, length: int):
         if rows.kind not in DEFAULT_METRIC:
             raise ValueError(f"rows of kind {rows.kind!r} are not searched; known: {', '.join(DEFAULT_METRIC)}")
         self.kind, self.labels, self.tokenizer, self.length = rows.kind, rows.labels, tokenizer, length
@@ -38,11 +38,24 @@ class Task:
             raise ValueError(
                 f"metric {self.metric!r} is not for {rows.kind}; the default is {DEFAULT_METRIC[rows.kind]}"
             )
+        outputs = {"classification": len(rows.labels or ()), "regression": 1}.get(rows.kind)
+        if outputs is not None and model.config.num_labels != outputs:
+            raise ValueError(
+                f"the model's head has {model.config.num_labels} outputs, the rows need {outputs} "
+                f"({', '.join(rows.labels or ['a number'])}); load the model with num_labels={outputs}"
+            )
+        if self.metric == "f1" and outputs != 2:
+            raise ValueError(f"metric f1 is of two labels, the rows have {outputs}; use macro_f1")
         accepted = inspect.signature(model.forward).parameters
         self.names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted]
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._encoded: dict[int, tuple[Row, dict[str, list[int]]]] = {}
+
+    def encode(self, rows: Sequence[Row]) -> None:
+        """Tokenise rows now, so that no training is charged with it."""
+        for row in rows:
+            self._encode(row)
 
     def batches(self, rows: Sequence[Row], batch_size: int, *, seed: int) -> Batches:
         """Batch n of an endless, reshuffled pass over the rows; a function of (seed, n)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from sentei import adapters
 from sentei.adapters import Unit
 from sentei.data.examples import Row
-from sentei.methods.prune_peft.criteria import Recorder
+from sentei.methods.prune_peft.criteria import THRESHOLDS, Recorder
 from sentei.methods.prune_peft.tasks import Task
 from sentei.train import Batch, Settings, mix, resolve_precision, train
 
@@ -33,9 +32,8 @@ class Bench:
         if self.precision == "fp32":  # exact, and 16-bit products are slow on such a device
             model.float()
         self.head = adapters.head(model)
-        for parameter in self.head_parameters():
-            parameter.data = parameter.data.float()
-        self._head_start = [p.detach().clone() for p in self.head_parameters()]
+        self._head_dtypes = [p.dtype for p in self.head_parameters()]
+        self._head_start = [p.detach().float().clone() for p in self.head_parameters()]
 
     def head_parameters(self) -> list[nn.Parameter]:
         return [p for name in self.head for p in self.model.get_submodule(name).parameters()]
@@ -56,9 +54,9 @@ class Bench:
 
     @torch.no_grad()
     def start_head(self, seed: object) -> None:
-        """The pooler as it was loaded; what the task adds drawn anew."""
+        """The pooler as it was loaded; what the task adds drawn anew. Both in fp32, to be trained."""
         for parameter, start in zip(self.head_parameters(), self._head_start, strict=True):
-            parameter.copy_(start)
+            parameter.data = start.to(parameter.device, copy=True)
             parameter.requires_grad_(True)
         random = torch.Generator().manual_seed(mix(self.fields.seed, "head", seed))
         for name in self.head:
@@ -69,6 +67,11 @@ class Bench:
                 if parameter.ndim >= 2:
                     drawn.normal_(0, 0.02, generator=random)
                 parameter.copy_(drawn)
+
+    def settle_head(self) -> None:
+        """The head in the dtype that it came in and will be loaded in: what is measured is what is saved."""
+        for parameter, dtype in zip(self.head_parameters(), self._head_dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)
 
     def fit(
         self,
@@ -82,7 +85,7 @@ class Bench:
         folder: Path | None = None,
         say: Callable[[int, int, float], None] | None = None,
     ) -> float:
-        """Train what requires gradients; seconds that it took, of all sittings."""
+        """Train what requires gradients; seconds that the steps took, of all sittings."""
         f = self.fields
         number = mix(f.seed, "training", seed)
         settings = Settings(
@@ -105,37 +108,37 @@ class Bench:
 
         if recorder is not None:
             recorder.scoring = f.score_from <= 0
+        spent = {"seconds": 0.0}  # kept with the checkpoint: one that is complete makes no step, and yet took time
         run = train(
             self.model,
             self.task.batches(rows, f.batch_size, seed=number),
             loss,
             settings,
             folder=folder,
+            state=spent,
             fingerprint=str(len(rows)),
             on_gradients=None if recorder is None else recorder.gradients,
         )
-        begun, seconds = time.monotonic(), 0.0
         with closing(run):
             for step in run:
-                seconds = step.seconds
+                spent["seconds"] = step.seconds
                 if recorder is not None:
                     recorder.scoring = step.step >= f.score_from * steps
                 if say is not None:
                     say(step.step, steps, step.losses["loss"])
-        return seconds or time.monotonic() - begun
+        return spent["seconds"]
 
     def measure(
         self, living: Sequence[Unit], rows: Sequence[Row], steps: int, *, seed: object, say: Any = None
-    ) -> tuple[dict[str, dict[str, float]], float]:
-        """A fresh start, a training, and the six scores of its units; seconds."""
+    ) -> dict[str, dict[str, float]]:
+        """A fresh start, a training, and the six scores of its units."""
         self.put(living, seed)
         f = self.fields
-        recorder = Recorder(
-            self.model, living, init=f.adapter_init, threshold=f.threshold, threshold_mode=f.threshold_mode
-        )
+        limit = THRESHOLDS[f.threshold_mode] if f.threshold is None else f.threshold
+        recorder = Recorder(self.model, living, init=f.adapter_init, threshold=limit, threshold_mode=f.threshold_mode)
         try:
-            seconds = self.fit(rows, steps, seed=seed, final_lr=1.0, recorder=recorder, say=say)
-            return recorder.scores(), seconds
+            self.fit(rows, steps, seed=seed, final_lr=1.0, recorder=recorder, say=say)
+            return recorder.scores()
         finally:
             recorder.close()
 
