@@ -3,7 +3,9 @@
     python benchmarks/prune_peft.py --model MINILM --seeds 5 --out results/prune-peft-minilm.json
     python benchmarks/prune_peft.py --out results/prune-peft-minilm.json --markdown
 
-All configurations see the same rows in the same order for the same number of steps. The budget ("at B") is half of
+All configurations see the same rows in the same order for the same number of steps. All searches remove as many units
+per round after as many steps, so that they differ in who judges alone; only "as planned" follows the method's own plan,
+which keeps to max_search_ratio and may drop the warm-up. The budget ("at B") is half of
 the smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows,
 which nothing was chosen on; with --grid each configuration's learning rate is chosen on validation rows with the first
 seed. Rows are appended as they are made; a second run makes the missing ones.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -31,7 +34,7 @@ from tables import spread, write
 from sentei import checkpoint
 from sentei.adapters import Unit
 from sentei.data import examples
-from sentei.methods.prune_peft import CRITERIA, PrunePEFT, tasks
+from sentei.methods.prune_peft import CRITERIA, PrunePEFT, planning, tasks
 from sentei.methods.prune_peft.training import Bench
 
 SHARED = "../shared/data"
@@ -60,7 +63,8 @@ TASKS: dict[str, tuple[Any, str, str | None, str, str]] = {
     "boolq": (f"{SHARED}/superglue_val/boolq.jsonl.gz", "question", "passage", "label", "accuracy"),
     "pubmedqa": (f"{SHARED}/pubmedqa/pqa_labeled.jsonl.gz", "question", "long_answer", "final_decision", "accuracy"),
 }  # fmt: skip
-DEFAULT_TASKS = ("cola", "sst2", "subj", "mrpc", "stsb", "qnli")
+DEFAULT_TASKS = ("cola", "sst2", "mrpc", "stsb", "subj", "boolq", "pubmedqa")
+FULL, LORA, ADAPTERS = "full fine-tuning", "LoRA everywhere", "adapters everywhere"
 REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
 
 Made = tuple[Any, Bench, dict[str, Any]]
@@ -73,12 +77,14 @@ def main() -> None:
         print(markdown(json.loads(out.read_text())))
         return
     table = json.loads(out.read_text()) if out.exists() else {"rows": [], "lr": {}}
-    settings = {name: getattr(args, name) for name in ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid")}
+    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
+    settings = {name: getattr(args, name) for name in names} | {"model": args.name or Path(args.model).name}
     if table["rows"] and table["settings"] != settings:
-        raise SystemExit(f"{out} was made with {table['settings']}; give another --out")
+        other = [f"{name} {table['settings'].get(name)}" for name in settings
+                 if table["settings"].get(name) != settings[name]]  # fmt: skip
+        raise SystemExit(f"{out} was made with {', '.join(other)}; give another --out")
     table |= {
         "settings": settings,
-        "model": args.name or Path(args.model).name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__},
     }
@@ -116,7 +122,7 @@ def read(name: str, args: argparse.Namespace) -> examples.Examples:
 
 
 def choose_lr(configuration: str, base: PrunePEFT, model: Any, tokenizer: Any, rows: Any, args: Any) -> float:
-    full = configuration == "full fine-tuning"
+    full = configuration == FULL
     if not args.grid:
         return args.full_lr if full else args.lr
     rates = [rate / 10 for rate in args.grid] if full else args.grid
@@ -156,6 +162,7 @@ def everywhere(choose: Callable[[PrunePEFT, Any], list[Unit]]) -> Callable[..., 
     def train(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
         units = choose(method, model)
         bench = bench_of(method, model, tokenizer, rows)
+        bench.task.encode(rows.train)
         bench.put(units, "final")
         seconds = bench.fit(rows.train, steps_of(method, rows), seed="final")
         return model, bench, {
@@ -168,7 +175,9 @@ def everywhere(choose: Callable[[PrunePEFT, Any], list[Unit]]) -> Callable[..., 
 
 
 def full(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
+    model.float()  # whatever is trained must be
     bench = bench_of(method, model, tokenizer, rows)
+    bench.task.encode(rows.train)
     bench.start_head("final")
     model.requires_grad_(True)
     seconds = bench.fit(rows.train, steps_of(method, rows), seed="final")
@@ -176,11 +185,12 @@ def full(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
     return model, bench, {"parameters": count, "train_seconds": seconds}
 
 
-def searched(**fields: Any) -> Callable[..., Made]:
-    """The method itself, at the budget."""
+def searched(planned: bool = False, **fields: Any) -> Callable[..., Made]:
+    """The method itself, at the budget; `planned` leaves the rounds to it."""
 
     def search(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
-        method = replace(method, budget=budget(method, model), **fields)
+        same = {} if planned else same_rounds(method, model)
+        method = replace(method, budget=budget(method, model), **same, **fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan's notes are in the row
             record = method.compress(model, tokenizer, rows)
@@ -198,8 +208,17 @@ def searched(**fields: Any) -> Callable[..., Made]:
     return search
 
 
+def same_rounds(method: PrunePEFT, model: Any) -> dict[str, int]:
+    """Rounds of the fewest steps that tell units apart, each for a sixth of all units."""
+    return {"steps_per_round": planning.LEAST_STEPS, "units_per_round": max(1, round(len(supernet(method, model)) / 6))}
+
+
+def supernet(method: PrunePEFT, model: Any) -> list[Unit]:
+    return replace(method, kinds=("lora", "adapter")).space(model)
+
+
 def budget(method: PrunePEFT, model: Any) -> int:
-    space = replace(method, kinds=("lora", "adapter")).space(model)
+    space = supernet(method, model)
     return min(sum(u.parameters for u in space if u.is_lora == lora) for lora in (True, False)) // 2
 
 
@@ -227,9 +246,9 @@ def thinner(lora: bool) -> Callable[[PrunePEFT, Any], list[Unit]]:
 
 
 CONFIGURATIONS: dict[str, Callable[..., Made]] = {
-    "full fine-tuning": full,
-    "LoRA everywhere": everywhere(of_kind(True)),
-    "adapters everywhere": everywhere(of_kind(False)),
+    FULL: full,
+    LORA: everywhere(of_kind(True)),
+    ADAPTERS: everywhere(of_kind(False)),
     "both everywhere": everywhere(lambda method, model: method.space(model)),
     REFERENCE: everywhere(thinner(True)),
     "adapters everywhere at B": everywhere(thinner(False)),
@@ -237,43 +256,77 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     **{f"{criterion} alone at B": searched(assignment=criterion) for criterion in CRITERIA},
     "equal at B": searched(assignment="equal"),
     "paper's table at B": searched(assignment="paper"),
-    "warm-up at B": searched(assignment="warmup", max_search_ratio=2.0),
-    "prune_peft at B": searched(),
+    "warm-up at B": searched(assignment="warmup"),
+    "warm-up at B, on 5 % of the rows": searched(assignment="warmup", search_fraction=0.05),
+    "warm-up at B, on all rows": searched(assignment="warmup", search_fraction=1.0),
+    "prune_peft at B, as planned": searched(planned=True),
     "prune_peft, LoRA only at B": searched(kinds=("lora",)),
     "prune_peft, adapters only at B": searched(kinds=("adapter",)),
 }
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """A line for each configuration: scores in per cent, mean over tasks, paired differences with 95 % intervals."""
+    """Two tables with a line for each configuration: scores in per cent; paired differences, costs and masks."""
     names = list(dict.fromkeys(row["task"] for row in table["rows"]))
     value = {(row["configuration"], row["task"], row["seed"]): 100 * row["value"] for row in table["rows"]}
     metric = {row["task"]: row["metric"] for row in table["rows"]}
     s = table["settings"]
-    lines = [
-        f"{table['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch "
-        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds; differences are paired by task "
-        "and seed, with 95 % intervals: only those that leave out 0 are shown to be any.",
+    scores = [
+        f"{s['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch "
+        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds.",
         "",
-        f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean | vs {REFERENCE} "
-        f"| vs {CHANCE} | search / training (rows) | s |",
-        "|" + "---|" * (len(names) + 7),
+        f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean |",
+        "|" + "---|" * (len(names) + 3),
+    ]
+    against = (FULL, LORA, ADAPTERS, REFERENCE, CHANCE)
+    costs = [
+        "Differences are paired by task and seed, with 95 % intervals: only those without 0 are shown to be any. "
+        "Seconds are of the training, and of the search before it, over those of LoRA everywhere with the same task "
+        "and seed; masks agree as far as the Jaccard index says, the mean over pairs of seeds (random removal shows "
+        "what chance gives).",
+        "",
+        f"| configuration | {' | '.join(f'vs {other}' for other in against)} | search / training (rows) "
+        f"| seconds / {LORA} | masks agree | s |",
+        "|" + "---|" * (len(against) + 5),
     ]
     for configuration in dict.fromkeys(row["configuration"] for row in table["rows"]):
         rows = [row for row in table["rows"] if row["configuration"] == configuration]
-        cells = [spread([value[k] for k in value if k[:2] == (configuration, name)], count=False) for name in names]
-        all_there = {row["task"] for row in rows} == set(names)
-        mean = statistics.mean(
-            statistics.mean([value[k] for k in value if k[:2] == (configuration, name)]) for name in names
-        ) if all_there else None  # fmt: skip
-        ratios = [row["search_ratio"] for row in rows if "search_ratio" in row]
-        lines.append(
-            f"| {configuration} | {statistics.mean(row['parameters'] for row in rows):,.0f} | {' | '.join(cells)} | "
-            f"{'' if mean is None else f'{mean:.1f}'} | {difference(value, configuration, REFERENCE)} | "
-            f"{difference(value, configuration, CHANCE)} | {f'{statistics.mean(ratios):.2f}' if ratios else ''} | "
-            f"{statistics.mean(row['seconds'] for row in rows):,.0f} |"
+        of = {name: [value[k] for k in value if k[:2] == (configuration, name)] for name in names}
+        mean = f"{statistics.mean(map(statistics.mean, of.values())):.1f}" if all(of.values()) else ""
+        cells = " | ".join(spread(values, count=False) for values in of.values())
+        scores.append(
+            f"| {configuration} | {statistics.mean(row['parameters'] for row in rows):,.0f} | {cells} | {mean} |"
         )
-    return "\n".join(lines)
+        differences = " | ".join(difference(value, configuration, other) for other in against)
+        ratios = mean_of([row["search_ratio"] for row in rows if "search_ratio" in row])
+        costs.append(
+            f"| {configuration} | {differences} | {ratios} | {mean_of(times(table['rows'], rows))} | "
+            f"{mean_of(agreement(rows))} | {statistics.mean(row['seconds'] for row in rows):,.0f} |"
+        )
+    return "\n".join([*scores, "", *costs])
+
+
+def mean_of(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f}" if values else ""
+
+
+def times(all_rows: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[float]:
+    """Seconds of search and training over those of training LoRA everywhere, where that row is there."""
+    plain = {(row["task"], row["seed"]): row["train_seconds"] for row in all_rows if row["configuration"] == LORA}
+    return [
+        (row["train_seconds"] + row.get("search_seconds", 0.0)) / plain[row["task"], row["seed"]]
+        for row in rows
+        if plain.get((row["task"], row["seed"]))
+    ]
+
+
+def agreement(rows: list[dict[str, Any]]) -> list[float]:
+    """Jaccard index of the units that two seeds keep, for each task and pair of seeds of a search."""
+    found = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        masks = [set(row["living"]) for row in rows if row["task"] == task and "search_ratio" in row]
+        found += [len(one & two) / len(one | two) for one, two in itertools.combinations(masks, 2)]
+    return found
 
 
 def difference(value: dict[Any, float], one: str, other: str) -> str:

@@ -1,0 +1,92 @@
+"""The table of PEFT configurations: equal rounds, files that must not mix, differences, costs and masks."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from sentei import checkpoint
+from sentei.methods.prune_peft import PrunePEFT
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.delitem(sys.modules, "prune_peft", raising=False)
+    import prune_peft
+
+    yield prune_peft
+    sys.modules.pop("prune_peft")
+
+
+def made(configuration, task, seed, value, seconds, **more):
+    row = {"configuration": configuration, "task": task, "seed": seed, "value": value, "metric": "accuracy"}
+    return row | {"parameters": 100, "train_seconds": seconds, "seconds": 2 * seconds} | more
+
+
+def test_markdown(table):
+    rows = [made("LoRA everywhere", "cola", seed, 0.5 + seed / 100, 10.0, living=["lora.L0:4"]) for seed in range(3)]
+    rows += [made("full fine-tuning", "cola", seed, 0.6 + seed / 100, 20.0) for seed in range(3)]
+    masks = (["lora.L0", "lora.L1"], ["lora.L1"], ["lora.L2"])
+    for seed, living in enumerate(masks):
+        more = {"living": living, "search_seconds": 3.0, "search_ratio": 0.25}
+        rows.append(made("warm-up at B", "cola", seed, 0.52 + seed / 100, 11.0, **more))
+    settings = {"model": "toy", "rows": 9, "epochs": 1.0, "batch_size": 4, "test_rows": 5}
+    text = table.markdown({"rows": rows, "settings": settings, "machine": "here"})
+    scores, costs = text.split("\n\nDifferences")
+    assert "| warm-up at B | 100 | 53.0 ± 1.0 | 53.0 |" in scores
+    # against full fine-tuning, LoRA everywhere; search ratio; (11 + 3) / 10; Jaccard (1/2 + 0 + 0) / 3
+    assert "| warm-up at B | -8.0 ± 0.0 (n=3) | +2.0 ± 0.0 (n=3) |  |  |  | 0.25 | 1.40 | 0.17 | 22 |" in costs
+    assert "| LoRA everywhere | -10.0 ± 0.0 (n=3) |  |  |  |  |  | 1.00 |  | 20 |" in costs
+
+
+def test_a_file_of_other_settings_is_refused(table, tmp_path, monkeypatch):
+    out = tmp_path / "t.json"
+    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
+    monkeypatch.setattr(sys, "argv", ["prune_peft.py", "--model", "toy", "--out", str(out)])
+    settings = {name: getattr(table.arguments(), name) for name in names} | {"model": "toy"}
+    for name, other in (("model", "another"), ("lr", 0.5), ("full_lr", 0.5), ("precision", "bf16")):
+        out.write_text(json.dumps({"rows": [{}], "settings": settings | {name: other}, "lr": {}}))
+        with pytest.raises(SystemExit, match=f"was made with {name} {other}; give another --out"):
+            table.main()
+
+
+def test_searches_differ_in_nothing_but_the_search(table):
+    model = tiny_model("bert", num_hidden_layers=6)
+    for kinds in (("lora", "adapter"), ("lora",)):
+        method = PrunePEFT(kinds=kinds)
+        assert table.same_rounds(method, model) == {"steps_per_round": 16, "units_per_round": 2}
+    assert set(table.DEFAULT_TASKS) <= set(table.TASKS) and len(table.DEFAULT_TASKS) >= 6
+
+
+@pytest.mark.parametrize("configuration", ["full fine-tuning", "LoRA everywhere at B", "warm-up at B, on all rows"])
+def test_a_row_of_a_16_bit_model(table, configuration, words, tmp_path):
+    """Each kind of row is made on a copy of the model, which stays as it was."""
+    lines = [f"{'abcdefgh'[i % 8]} then {i}\t{i % 2}" for i in range(80)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    tiny_model("bert").to(torch.bfloat16).save_pretrained(tmp_path / "bert")
+    words.save_pretrained(tmp_path / "bert")
+    method = PrunePEFT(lora_r=2, adapter_width=4, batch_size=8, epochs=1.0, seq_len=16, precision="bf16")
+    rows = method.read(str(tmp_path / "rows.tsv"), "text")
+    model, tokenizer = checkpoint.load(tmp_path / "bert", dtype="bfloat16", **method.head(rows))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    row = table.run(configuration, method, model, tokenizer, rows, "test", None)
+    assert 0 <= row["value"] <= 1 and row["train_seconds"] > 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if "warm-up" in configuration:
+        assert row["assigned_by"] == "warmup" and row["parameters"] <= table.budget(method, model)
+
+
+@pytest.mark.shared
+def test_the_tasks_can_be_read(table):
+    if not (ROOT / table.SHARED).exists():
+        pytest.skip("needs ../shared/data")
+    for name in table.DEFAULT_TASKS:
+        rows = table.read(name, Namespace(rows=40, test_rows=20))
+        assert len(rows.train) == 40 and rows.validation and rows.test, name
