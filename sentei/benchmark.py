@@ -62,6 +62,7 @@ def run(
     dtype: str = "auto",
     device: str | None = None,
     json_path: str | Path | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Time and weigh a checkpoint against its dense parent; both are held in memory at once, in two processes.
@@ -75,7 +76,9 @@ def run(
         warmup: rounds thrown away before.
         threads: of torch, in each worker; None leaves torch's choice.
         dtype: as in `checkpoint.load`, "auto" or a name such as "float32".
-        json_path: where the result is written; None: `bench.json` in the child's folder (nowhere for a file).
+        json_path: where the result is written; None: `bench.json` in the child's folder (nowhere for a file). An older
+            result is replaced.
+        trust_remote_code: run the Python code that a foreign checkpoint brings along.
         progress: a progress bar on stderr.
 
     Returns:
@@ -83,7 +86,8 @@ def run(
         1 when the child is faster; `speedup_of_ideal` is the prefill speed-up over the ideal one (1 = all of it).
 
     Raises:
-        ValueError: no checkpoint there, numbers out of range, or a worker that stopped (with its last error line).
+        ValueError: no checkpoint there, numbers out of range, a json_path that cannot be written or is another file,
+            or a worker that stopped (with its last error line).
     """
     child, parent = str(child), str(parent)
     if not Path(child).exists():
@@ -92,6 +96,9 @@ def run(
     _check_counts(0, warmup=warmup)
     if threads is not None:
         _check_counts(1, threads=threads)
+    out = Path(json_path) if json_path is not None else Path(child) / "bench.json" if Path(child).is_dir() else None
+    if out is not None:
+        _check_out(out)
     settings = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -108,7 +115,7 @@ def run(
         loading = bar.add_task("loading parent and child", total=2)
         sides = {}
         for side, worker in workers.items():
-            sides[side] = worker.ask("load", path=paths[side], **settings)
+            sides[side] = worker.ask("load", path=paths[side], trust_remote_code=trust_remote_code, **settings)
             bar.advance(loading)
         timed = ["prefill", "generate"] if all(side["causal"] for side in sides.values()) else ["prefill"]
         measuring = bar.add_task("measuring in turns", total=(warmup + rounds) * len(timed) * 2)
@@ -123,10 +130,36 @@ def run(
                             seconds[side].setdefault(name, []).append(value)
     result = _compare(sides, seconds, settings | {"rounds": rounds, "warmup": warmup})
     result["machine"]["load_average_before"] = round(load_average, 2)
-    out = Path(json_path) if json_path is not None else Path(child) / "bench.json" if Path(child).is_dir() else None
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        _write(out, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _check_out(out: Path) -> None:
+    """Minutes of measuring should not end in a file that cannot be written, or on top of one that is something else."""
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if out.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"cannot write {out}; give another file by --json (json_path)")
+    if not out.exists():
+        return
+    try:
+        older = json.loads(out.read_text(encoding="utf-8"))
+    except ValueError:
+        older = None
+    if not isinstance(older, dict) or "speedups" not in older:
+        raise ValueError(f"{out} exists and is no benchmark: not replaced; give another file by --json (json_path)")
+
+
+def _write(out: Path, text: str) -> None:
+    """Whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _check_counts(smallest: int, **counts: int) -> None:
@@ -293,12 +326,13 @@ class _Subject:
         threads: int | None,
         dtype: str,
         device: str | None,
+        trust_remote_code: bool = False,
     ) -> dict[str, Any]:
         """Load, weigh after one inference, count the arithmetic; in this order, for counting needs memory too."""
         if threads is not None:
             torch.set_num_threads(threads)
         imports_bytes = psutil.Process().memory_info().rss
-        self.model, _ = checkpoint.load(path, dtype=dtype, device=device)
+        self.model, _ = checkpoint.load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         self.model.eval()
         self.new_tokens = new_tokens
         self.causal = structure.is_causal(self.model)

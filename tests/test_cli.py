@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from conftest import tiny_model
 
@@ -211,6 +212,26 @@ def test_a_uniform_shape_that_cannot_be(refuse, tmp_path, words):
         assert "nearest possible" in refuse(command, tmp_path / "bert", *flags, *TINY)
 
 
+def test_a_uniform_ratio_between_whole_groups(refuse, parent, tmp_path):
+    flags = ("--method", "one_shot", "--granularity", "heads", "--shape", "uniform", "--out", tmp_path / "o")
+    for command in ("compress", "plan"):
+        assert "nearest possible: 0." in refuse(command, parent, *flags, "--sparsity", "0.05", *TINY)
+
+
+@pytest.mark.parametrize("command", [["eval", "--data", "python-docs"], ["bench", "--against", "{parent}"]])
+def test_where_nothing_can_be_written_is_told_before_measuring(refuse, parent, tmp_path, monkeypatch, command):
+    def never(*arguments, **options):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(checkpoint, "load", never)
+    monkeypatch.setattr("sentei.benchmark._Worker", never)
+    words = [word.format(parent=parent) for word in command[1:]]
+    (tmp_path / "file").write_text("not a folder")
+    for place in (tmp_path, tmp_path / "file" / "out.json"):
+        assert "give another file by --json" in refuse(command[0], parent, *words, "--json", place)
+    assert "config.json" in refuse(command[0], parent, *words, "--json", parent / "config.json")  # something else
+
+
 def test_more_tokens_than_the_model_has_positions_for(refuse, parent, tmp_path):
     line = refuse("compress", parent, "--method", "one_shot", "--calibration-seq-len", "65", "--out", tmp_path / "o")
     assert "positions for 64" in line
@@ -235,6 +256,64 @@ def test_a_full_disk(refuse, parent, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
     assert "MB free" in refuse(*words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),  # torch.save
+        RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device"),
+    ],
+)
+def test_a_disk_that_fills_up_during_a_search(refuse, parent, tmp_path, monkeypatch, error):
+    from sentei.methods.one_shot import OneShot
+
+    def full(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(OneShot, "compress", full)
+    line = refuse("compress", parent, "--method", "one_shot", "--out", tmp_path / "o", *TINY)
+    assert "disk is full" in line and "free some space" in line
+
+
+def test_damaged_state_and_faults_of_ours(refuse, parent, tmp_path, monkeypatch):
+    from sentei.methods.one_shot import OneShot
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(OneShot, "compress", fail)
+    words = ("compress", parent, "--method", "one_shot", "--out", tmp_path / "o", *TINY)
+    error = safetensors.SafetensorError("Error while deserializing header: HeaderTooLarge")
+    assert "damaged" in refuse(*words)
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError):  # a fault of ours wants its traceback
+        cli.main([str(word) for word in words])
+
+
+def test_other_processes_leave_the_writing_to_the_first(parent, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    words = ["compress", str(parent), "--method", "one_shot", "--out", str(tmp_path / "o"), *TINY]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == "" and not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_end_well_and_write_one_checkpoint(parent, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "sentei.cli", "compress", str(parent), "--method", "policy_gradient", "--coarse-steps", "2"]
+    command += ["--batch-size", "2", "--seq-len", "16", "--eval-samples", "4", "--out", str(tmp_path / "o"), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved") == 1 and (tmp_path / "o" / "compression.json").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_run_is_for_one_process(refuse, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in refuse("run", "any.yaml")
 
 
 @pytest.mark.parametrize("moment", ["data", "load", "compress", "save"])
@@ -288,9 +367,20 @@ def test_compress_eval_report(parent, tmp_path, capsys):
 
     words = ["--data", "python-docs", "--context", "16", "32", "--max-blocks", "2"]
     assert cli.main(["eval", str(small), *words]) == 0
-    assert "context 32" in capsys.readouterr().out and (small / "eval.json").is_file()
-    assert cli.main(["report", str(parent), str(small), "--out", str(tmp_path / "page.html")]) == 0
+    assert "context 32, no BOS" in capsys.readouterr().out and (small / "eval.json").is_file()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": f"{i} alpha beta gamma"}) + "\n" for i in range(20)))
+    words = ["--data", str(rows), "--text-field", "body", "--context", "16", "--add-bos"]
+    assert cli.main(["eval", str(small), *words, "--json", str(tmp_path / "deep" / "eval.json")]) == 0
+    assert "BOS in every window" in capsys.readouterr().out and (tmp_path / "deep" / "eval.json").is_file()
+
+    report = ["report", str(parent), str(small), "--out", str(tmp_path / "page.html")]
+    assert cli.main(report) == 0
     assert (tmp_path / "page.html").is_file() and (tmp_path / "page.md").is_file()
+    (tmp_path / "page.html").write_text("mine")
+    assert cli.main(report) == 2 and "--force" in capsys.readouterr().err
+    assert (tmp_path / "page.html").read_text() == "mine"
+    assert cli.main([*report, "--force"]) == 0 and (tmp_path / "page.html").read_text() != "mine"
 
 
 def test_plan_says_what_will_happen_and_writes_nothing(parent, tmp_path, capsys):

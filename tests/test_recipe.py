@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -65,13 +66,44 @@ def content(parent: Path, **changes) -> dict:
         ({"gates": ["speedup_decode >= 1"]}, "needs a benchmark"),
         ({"model": "nowhere/at/all"}, "nowhere/at/all"),
         ({"data": "nothing.txt"}, "nothing.txt"),
+        ({"model": 7}, "model is 7; expected text"),
+        ({"trust_remote_code": "no"}, "trust_remote_code is 'no'; expected true or false"),
+        ({"dtype": "floaty"}, "dtype 'floaty' is not known"),
+        ({"prompts": "What?"}, "prompts is 'What?'; expected a list of texts"),
+        ({"evaluate": ["texts"]}, "evaluate is ['texts']; expected keys with values"),
+        ({"evaluate": {"contexts": [16]}}, "nothing to measure; give texts, tasks or domain"),
+        ({"evaluate": {"texts": "python-docs"}}, "texts is 'python-docs'; expected a list of texts"),
+        ({"evaluate": {"texts": ["python-docs"], "contexts": 16}}, "contexts is 16; expected a list of whole numbers"),
+        ({"evaluate": {"texts": ["python-docs"], "contexts": [1]}}, "contexts is 1; expected 2 or more"),
+        ({"evaluate": {"texts": ["python-docs"], "contexts": [65]}}, "ask for 65 tokens; "),
+        ({"evaluate": {"texts": ["python-docs"], "contexts": [16], "stride": 16}}, "stride is 16; expected less than"),
+        ({"evaluate": {"texts": ["python-docs"], "batch_size": "8"}}, "batch_size is '8'; expected a whole number"),
+        ({"evaluate": {"texts": ["gone.txt"]}}, "gone.txt"),
+        ({"evaluate": {"domain": ["gone.jsonl"]}}, "gone.jsonl"),
+        ({"evaluate": {"tasks": ["mine"], "include_path": "gone"}}, "include_path gone is not a folder"),
+        ({"benchmark": True}, "benchmark is True; expected keys with values"),
+        ({"benchmark": {"rounds": 0}}, "rounds is 0; expected 1 or more"),
+        ({"benchmark": {"prompt_tokens": 60, "new_tokens": 8}}, "ask for 69 tokens; "),
+        ({"benchmark": {"dtype": "float7"}}, "dtype 'float7' is not known"),
+        ({"stages": [{"method": "one_shot", "name": "parent"}]}, "names of their own, and not parent"),
     ],
 )
 def test_refused_before_anything_is_written(parent, changes, message):
-    path = write(parent.parent, **content(parent, **changes))
-    with pytest.raises(ValueError, match=message.replace("?", r"\?").replace("[", r"\[")):
-        recipe.run(recipe.load(path))
+    path = write(parent.parent, **content(parent, **{"gates": [], **changes}))
+    for make in (recipe.check, recipe.run):
+        with pytest.raises((ValueError, OSError)) as error:
+            make(recipe.load(path))
+        assert message in str(error.value)
     assert not (parent.parent / "run").exists()
+
+
+@pytest.mark.slow  # lm-eval reads thousands of files
+def test_tasks_that_lm_eval_does_not_know(parent, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "tasks").mkdir()
+    asked = content(parent, gates=[], evaluate={"tasks": ["of_mine"], "include_path": str(tmp_path / "tasks")})
+    with pytest.raises(ValueError, match="lm-eval knows no task of_mine"):
+        recipe.check(recipe.load(write(parent.parent, **asked)))
 
 
 def test_the_text_of_a_later_stage_is_read_before_anything_is_written(parent):
@@ -164,6 +196,165 @@ def test_a_run_makes_every_step_once(parent, monkeypatch):
     changed["stages"][1]["steps"] = 3
     with pytest.raises(FileExistsError, match=r"2-heal was made from other settings"):
         recipe.run(recipe.load(write(parent.parent, **changed)))
+
+
+def test_what_follows_a_stage_that_was_made_again_is_made_again_after_a_stop(parent, monkeypatch):
+    """Stage 1 was made anew, then Ctrl-C: the old stage 2 is of the same settings, but of another model's weights."""
+    from sentei.checkpoint import inspect
+    from sentei.methods.heal import Heal
+
+    whole = content(parent, prompts=[], gates=[], report=None)
+    first = recipe.run(recipe.load(write(parent.parent, **whole)))
+    pruned, healed = (parent.parent / "run" / name for name in ("1-one_shot", "2-heal"))
+    old = inspect(healed).sha256()
+
+    def stop(*arguments, **options):
+        assert not (healed.parent / ".2-heal.work" / "state").exists(), "it began from the old stage 1"
+        raise KeyboardInterrupt
+
+    whole["stages"][0]["sparsity"] = 0.5
+    changed = recipe.load(write(parent.parent, **whole))
+    (healed.parent / ".2-heal.work").mkdir()
+    resolved = (healed / "recipe.yaml").read_text()
+    (healed.parent / ".2-heal.work" / "recipe.yaml").write_text(resolved)
+    (healed.parent / ".2-heal.work" / "state").write_text("half way")
+    with monkeypatch.context() as patch:
+        patch.setattr(Heal, "compress", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(changed, force=True)
+    assert inspect(healed).sha256() == old and (healed / "recipe.yaml").read_text() == resolved
+
+    lines = []
+    result = recipe.run(changed, report=lines.append)
+    said = [line["message"] for line in lines]
+    assert f"{pruned} is there already" in said and "stage 2-heal" in said
+    stages = json.loads((healed / "compression.json").read_text())["stages"]
+    assert stages[1]["parent"]["sha256"] == inspect(pruned).sha256()
+    again = json.loads((healed / "eval.json").read_text())
+    assert result["measurements"]["2-heal"][0]["loss"] == again[0]["loss"]
+    assert result["measurements"]["2-heal"] != first["measurements"]["2-heal"]
+    assert json.loads((healed.parent / "done.json").read_text())["stale"] == []
+
+
+def test_a_stop_in_the_first_stage_loses_no_mark(parent, monkeypatch):
+    """--force was asked: a plain run after the stop makes all of it, and does not take the old stages for new ones."""
+    from sentei.methods.one_shot import OneShot
+
+    asked = recipe.load(write(parent.parent, **content(parent, prompts=[], gates=[], report=None, evaluate=None)))
+    recipe.run(asked)
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneShot, "compress", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(asked, force=True)
+    lines = []
+    recipe.run(asked, report=lines.append)
+    assert not any("is there already" in line["message"] for line in lines)
+
+
+def test_a_parent_unpacked_from_another_file_is_not_taken(parent, monkeypatch):
+    """Two .gguf files in turn with the same `out`."""
+    from types import SimpleNamespace
+
+    whole = content(parent, model="other.gguf", evaluate=None, prompts=[], gates=[])
+    shutil.copytree(parent, parent.parent / "run" / "parent")
+    (parent.parent / "run" / "parent" / "README.md").write_text("Unpacked by sentei from one.gguf (sha256 1111)")
+    monkeypatch.setattr(checkpoint, "inspect", lambda *a, **k: SimpleNamespace(sha256=lambda: "2222"))
+    with pytest.raises(FileExistsError, match=r"parent is not other.gguf; give another `out`"):
+        recipe.run(recipe.load(write(parent.parent, **whole)))
+
+
+def test_the_recipe_is_in_the_folder_before_it_has_its_name(parent, monkeypatch):
+    """A stop between the two would leave a checkpoint that `run` takes for one of other settings."""
+    from sentei.checkpoint import writing
+
+    def stop(partial, out):
+        assert yaml.safe_load((partial / "recipe.yaml").read_text())["stages"][0]["method"] == "one_shot"
+        put_in_place(partial, out)
+        raise KeyboardInterrupt
+
+    put_in_place = writing.put_in_place
+    monkeypatch.setattr(writing, "put_in_place", stop)
+    asked = recipe.load(write(parent.parent, **content(parent, evaluate=None, prompts=[], gates=[], report=None)))
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(asked)
+    made = parent.parent / "run" / "1-one_shot"
+    assert (made / "compression.json").is_file() and (made / "recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize("compensate", ["mean", "least-squares"])
+@pytest.mark.parametrize(
+    ("family", "shape"), [("qwen3", "uniform"), ("phi3", "padded"), ("gemma2", "padded"), ("mistral", "uniform")]
+)
+def test_biases_without_a_place_are_refused_before_the_search(tmp_path, words, monkeypatch, family, shape, compensate):
+    from sentei.methods.one_shot import OneShot
+
+    def never(*arguments, **options):
+        raise AssertionError("searched")
+
+    tiny_model(family).save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    monkeypatch.setattr(OneShot, "compress", never)
+    fields = {"method": "one_shot", "granularity": "channels", "shape": shape, "compensate": compensate}
+    fields |= {"calibration_samples": 8, "calibration_seq_len": 16, "criterion": "magnitude"}
+    for make in (recipe.plan, recipe.compress):
+        with pytest.raises(ValueError, match="use --compensate none, or --shape heterogeneous"):
+            make(tmp_path / "parent", out=tmp_path / "out", **fields)
+    assert not (tmp_path / "out").exists()
+    assert recipe.plan(tmp_path / "parent", **fields | {"compensate": "none"})
+
+
+def test_too_few_tokens_for_a_refit_are_refused_before_the_search(parent):
+    fields = {"method": "one_shot", "compensate": "least-squares", "calibration_samples": 4, "calibration_seq_len": 16}
+    with pytest.raises(ValueError, match="least-squares needs at least 96 calibration tokens"):
+        recipe.plan(parent, **fields)
+
+
+HELD = "found 0 blocks of 60 tokens, need 1;"
+SHORT = {"seq_len": 16, "batch_size": 4, "coarse_steps": 2, "eval_samples": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "one_shot", "calibration_samples": 500, "calibration_seq_len": 16}, "need 500"),
+        ({"method": "policy_gradient", **TINY, **SHORT, "batch_size": 200}, "need 400"),
+        ({"method": "policy_gradient", **TINY, **SHORT, "seq_len": 60, "batch_size": 1}, HELD),
+        ({"method": "policy_gradient", **TINY, **SHORT, "reward": "nothing:at_all"}, "cannot import it"),
+        ({"method": "policy_gradient", **TINY, **SHORT, "reward": "exact_match"}, "give reward_data"),
+        (
+            {"method": "policy_gradient", **TINY, **SHORT, "reward": "exact_match", "reward_data": "gone.jsonl"},
+            "gone.jsonl",
+        ),
+        ({"method": "fold_gpt", "calibration_samples": 500, "calibration_seq_len": 16, "heal_steps": 0}, "need 50"),
+        ({"method": "heal", "seq_len": 60}, HELD),
+    ],
+)
+def test_plan_refuses_what_would_come_later(parent, tmp_path, fields, message):
+    """The validation part of the text with the fewest lines is shorter than a block."""
+    text = tmp_path / "text.jsonl"
+    num = 12 if message == HELD else 100
+    text.write_text("".join(json.dumps({"text": f"Sentence number {i} of a short text."}) + "\n" for i in range(num)))
+    if fields["method"] == "heal":
+        fields = fields | {"teacher": str(parent)}
+    with pytest.raises((ValueError, OSError)) as error:
+        recipe.plan(parent, data=str(text), **fields)
+    assert message in str(error.value)
+
+
+def test_plan_counts_the_forwards(parent):
+    """Of `greedy`: each round runs the blocks that are left, from their own layer on; 8 samples are one batch."""
+    fields = {"method": "one_shot", "calibration_samples": 8, "calibration_seq_len": 16, "sparsity": 0.5}
+    said = recipe.plan(parent, criterion="greedy", **fields)["time"]
+    assert "; 6 of them: about" in said  # 4 / 2 + 1 and 3 / 2 + 1, of 4 blocks
+    assert "the method needs none" in recipe.plan(parent, criterion="magnitude", **fields)["time"]
+    assert "; 3 of them: about" in recipe.plan(parent, criterion="wanda", compensate="mean", **fields)["time"]
+    refit = recipe.plan(parent, criterion="taylor", compensate="least-squares", **fields)
+    assert "; 5 of them: about" in refit["time"]
+    assert "calibration needs about 1 MB more; a backward pass comes on top" in refit["memory"]
 
 
 def test_the_recipe_in_a_checkpoint_makes_it_again(parent):

@@ -180,8 +180,8 @@ def plain_config(model: Any, size: LayerSize, attention_bias: bool, mlp_bias: bo
     if name in ("gemma2", "gemma3_text", "qwen3", "phi3"):
         if mlp_bias or (attention_bias and name == "phi3"):
             raise ValueError(
-                f"{name} has no place for the biases of compensation 'mean'; use compensate none or least-squares, "
-                "or --shape heterogeneous"
+                f"{name} has no place for the biases that compensation (mean, least-squares) adds; use --compensate "
+                "none, or --shape heterogeneous"
             )
         if name.startswith("gemma"):
             _check_divides(hidden, size, name)
@@ -197,9 +197,13 @@ def plain_config(model: Any, size: LayerSize, attention_bias: bool, mlp_bias: bo
     if name == "qwen2" and not (attention_bias or mlp_bias) and heads * size.head_dim == hidden:
         return _config_class(name)(**values)
     if slides:
+        if attention_bias or mlp_bias:
+            raise ValueError(
+                f"{name} with a sliding window has no place for the biases that compensation (mean, least-squares) "
+                "adds; use --compensate none, or --shape heterogeneous"
+            )
         raise ValueError(
-            f"{name} with a sliding window has no stock class with these biases or head counts; "
-            "use --shape heterogeneous or padded, and compensate none or least-squares"
+            f"{name} with a sliding window has no stock class with {heads} heads; use --shape heterogeneous or padded"
         )
     for key in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
         values.pop(key, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -36,15 +37,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        return _fail("stopped; no checkpoint was written. The same command goes on where this one was, if it had begun")
-    except (ValueError, OSError, MemoryError) as error:
-        if debug:
+        return _fail(
+            "stopped; what was finished stays, nothing half-written does. The same command goes on where this one was"
+        )
+    except Exception as error:
+        message = _explain(error)
+        if debug or message is None:
             raise
-        return _fail(_message(error))
-    except RuntimeError as error:
-        if debug or "out of memory" not in str(error).lower():
-            raise
-        return _fail(f"out of memory; lower batch_size or use a smaller model ({_message(error)})")
+        return _fail(message)
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for what the user or the machine did; None for what is our fault, and wants a traceback."""
+    if isinstance(error, ValueError):
+        return _message(error)
+    if (place := _full_disk(error)) is not None:
+        return f"the disk{place} is full (No space left on device); free some space and give the same command again"
+    if isinstance(error, OSError | MemoryError):
+        return _message(error)
+    if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+        return f"out of memory; lower batch_size or use a smaller model ({_message(error)})"
+    if type(error).__name__ == "SafetensorError":  # imported it would cost every command its time
+        return (
+            f"a .safetensors file is damaged ({_message(error)}); get the checkpoint again, or remove the hidden .work "
+            "folder beside --out"
+        )
+    return None
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """Where no space was left, as " of FILE" or "" if nobody knows; None if that is not what happened.
+
+    safetensors has an exception of its own, and torch.save only notices that it did not get as far as it meant to.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f" of {error.filename}" if error.filename else ""
+        if re.search(r"no space left|os error 28|inline_container.*(unexpected pos|write failed)", str(error), re.I):
+            return ""
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _fail(message: str) -> int:
@@ -80,6 +112,8 @@ def _compress(options: argparse.Namespace, method: str | None = None) -> int:
 
     with Progress() as report:
         out = recipe.compress(options.model, method=method or options.method, report=report, **_stage(options))
+    if not recipe.first_process():
+        return 0  # the first one is still writing what they share, and tells of it
     if not (out / "compression.json").exists():
         return _adapter(out)
     record = json.loads((out / "compression.json").read_text(encoding="utf-8"))
@@ -119,11 +153,15 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ValueError(
             "nothing to measure; give --data TEXT (python-docs is always there), --tasks NAMES or --domain FILE"
         )
+    if not options.domain and (options.template or options.seq_len):
+        raise ValueError("--template and --seq-len say how the rows of --domain are read; give --domain FILE")
     try:
         contexts = [int(number) for words in options.context for number in words.split(",")]
     except ValueError:
         given = " ".join(options.context)
         raise ValueError(f"--context is {given!r}; expected numbers of tokens, such as 128 1024") from None
+    if options.json:
+        _check_json(Path(options.json))
     from sentei import evaluate, recipe
 
     if options.domain:
@@ -134,6 +172,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         recipe.find_model(options.model),
         texts=options.data or (),
         contexts=contexts,
+        text_field=options.text_field,
+        add_bos=options.add_bos,
         stride=options.stride,
         max_blocks=options.max_blocks,
         tasks=options.tasks.split(",") if options.tasks else (),
@@ -150,6 +190,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_json(file: Path) -> None:
+    """Before an hour of measuring; `sentei.evaluate` looks at what is in a file that exists."""
+    place = next(folder for folder in file.absolute().parents if folder.exists())
+    if file.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"cannot write {file}; give another file by --json")
+
+
 def _evaluate_domain(options: argparse.Namespace, model: str) -> None:
     from sentei import evaluate
     from sentei.evaluate import domain
@@ -159,6 +206,8 @@ def _evaluate_domain(options: argparse.Namespace, model: str) -> None:
         measurements += domain.run(
             model,
             file,
+            template=options.template,
+            seq_len=options.seq_len,
             dtype=options.dtype,
             batch_size=options.batch_size,
             limit=options.limit,
@@ -176,7 +225,7 @@ def _bench(options: argparse.Namespace) -> int:
     from sentei import benchmark, recipe
 
     parent = recipe.find_model(options.against or recipe.parent_of(options.model, flag="--against"))
-    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "threads", "dtype")
+    names = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "threads", "dtype", "trust_remote_code")
     settings = {name: getattr(options, name) for name in names}
     result = benchmark.run(options.model, parent, json_path=options.json, **settings)
     print_benchmark(result)
@@ -194,7 +243,7 @@ def _unfold(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from sentei import report
 
-    page = report.write(options.model, options.children, options.out)
+    page = report.write(options.model, options.children, options.out, force=options.force)
     print(f"written {page} and {page.with_suffix('.md')}")
     return 0
 
@@ -202,6 +251,8 @@ def _report(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from sentei import recipe
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("run is for one process; give the stages to `accelerate launch` one by one, as compress")
     asked = recipe.load(options.recipe)
     if options.out:
         asked = dataclasses.replace(asked, out=options.out)
@@ -233,6 +284,8 @@ def _run(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from sentei import checkpoint
 
+    if checkpoint.inspect(options.model, trust_remote_code=True).config.get("fold"):  # nothing of it is run
+        return _unfold(options)
     print(f"written {checkpoint.export_dense(options.model, options.out, force=options.force)}")
     return 0
 

@@ -95,11 +95,19 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument(
         "--context", nargs="+", default=["128"], metavar="N", help="tokens per window, several too (128)"
     )
+    command.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl and .parquet (text)")
+    command.add_argument(
+        "--add-bos", action=argparse.BooleanOptionalAction, help="BOS before every window (as the tokenizer does)"
+    )
     command.add_argument("--stride", type=int, metavar="N", help="overlap the windows; without it they do not")
     command.add_argument("--max-blocks", type=int, metavar="N", help="only the first N windows")
     command.add_argument("--tasks", metavar="A,B", help="lm-eval tasks (pip install 'sentei[eval]')")
     command.add_argument(
         "--domain", action="append", metavar="FILE", help="test rows: choices, prompts with responses, summaries"
+    )
+    command.add_argument("--template", metavar="NAME", help="of --domain: plain or chat (as it was tuned, else plain)")
+    command.add_argument(
+        "--seq-len", type=int, metavar="N", help="of --domain: tokens per row (as it was tuned, else 512)"
     )
     command.add_argument("--include-path", metavar="DIR", help="folder of task YAML of your own")
     command.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each task")
@@ -120,8 +128,8 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
         ("--threads", None, "of torch"),
     ):
         command.add_argument(flag, type=int, default=default, metavar="N", help=f"{help} ({default or 'all cores'})")
-    command.add_argument("--dtype", default="auto", help="computation: auto, float32, bfloat16, float16")
     command.add_argument("--json", metavar="F", help="where to write (bench.json in the folder)")
+    _add_load_flags(command)
 
     command = add("unfold", "write a folded checkpoint with independent layers, for runtimes that cannot share weights")
     command.add_argument("model", metavar="DIR", help="folder whose layers share weights")
@@ -134,6 +142,7 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument(
         "--out", default="report.html", metavar="F", help="the page (report.html); the table lies beside it"
     )
+    command.add_argument("--force", action="store_true", help="replace an older page and table")
 
     command = add("run", "make every step of a recipe that is not there yet")
     command.add_argument("recipe", metavar="RECIPE", help="YAML file")
@@ -141,8 +150,8 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument("--out", metavar="DIR", help="in place of the recipe's")
     command.add_argument("--force", action="store_true", help="make every step again")
 
-    command = add("export", "write a checkpoint in another form: sparse containers as plain tensors, zeros in full")
-    command.add_argument("model", metavar="DIR", help="folder with a sparse container")
+    command = add("export", "write a checkpoint as plain tensors: sparse containers with all zeros, shared blocks each")
+    command.add_argument("model", metavar="DIR", help="folder with a sparse container, or whose layers share weights")
     command.add_argument("--to", choices=["dense"], default="dense", help="the form (dense)")
     command.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     command.add_argument("--force", action="store_true", help="replace the folder")

@@ -51,9 +51,14 @@ def print_measurements(measurements: dict[str, list[dict[str, Any]]]) -> None:
     table = Table("model", "measured on", "metric", "value", box=None, pad_edge=False)
     for model, rows in measurements.items():
         for row in rows:
-            context = f", context {row['context']}" if row.get("context") else ""
-            table.add_row(model, f"{row['dataset']}{context}", row["metric"], f"{row['value']:.4g}")
-    Console().print(table)
+            how = [str(row["dataset"])]
+            how += [f"context {row['context']}"] if row.get("context") else []
+            how += ["BOS in every window" if row["bos"] == "every window" else "no BOS"] if row.get("bos") else []
+            table.add_row(model, ", ".join(how), row["metric"], f"{row['value']:.4g}")
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a log or a pipe has room for a line of its own each
+    console.print(table)
 
 
 def print_benchmark(result: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ stage that `after: NAME` names; `teacher:` may name one too):
         sparsity: 0.25
       - method: heal
         minutes: 2
-    evaluate:                         # any of the keys in running.EVALUATE; measures the parent and every stage
+    evaluate:                         # any of the keys in measuring.EVALUATE; measures the parent and every stage
       texts: [python-docs]
       contexts: [128]
-    benchmark: {rounds: 3}            # any of the keys in running.BENCHMARK; the last stage against the parent
+    benchmark: {rounds: 3}            # any of the keys in measuring.BENCHMARK; the last stage against the parent
     prompts: ["What is Python?"]      # continued by the parent and by the last stage
     report: report.html
     gates: ["perplexity_ratio <= 2"]  # what the last stage must reach; any name in GATES
@@ -28,7 +28,7 @@ from sentei.recipe.fields import make_method, method_fields, nearest
 from sentei.recipe.gates import GATES
 from sentei.recipe.planning import plan
 from sentei.recipe.running import Recipe, check, load, run
-from sentei.recipe.stage import compress, find_model, heal, parent_of
+from sentei.recipe.stage import compress, find_model, first_process, heal, parent_of
 
 __all__ = [
     "GATES",
@@ -36,6 +36,7 @@ __all__ = [
     "check",
     "compress",
     "find_model",
+    "first_process",
     "heal",
     "load",
     "make_method",

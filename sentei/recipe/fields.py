@@ -27,6 +27,30 @@ def check_keys(given: Iterable[Any], known: Iterable[str], where: str) -> None:
             raise ValueError(f"{where} has no key {key!r}{nearest(str(key), known)} Known: {', '.join(known)}")
 
 
+_WORDS = {
+    int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "keys with values",
+    list[str]: "a list of texts, such as [a, b]", list[int]: "a list of whole numbers, such as [128, 1024]",
+}  # fmt: skip
+
+
+def check_type(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value from YAML that is not of this type: ValueError says what was expected."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if not any(_is(value, kind) for kind in kinds):
+        words = [_WORDS.get(kind) or _WORDS.get(typing.get_origin(kind), "a list") for kind in kinds]
+        raise ValueError(f"{name} is {value!r}; expected {words[0]}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(_is(item, typing.get_args(kind)[0]) for item in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else typing.get_origin(kind) or kind)
+
+
 def method_fields(name: str) -> dict[str, tuple[dataclasses.Field, Any]]:
     """Field name -> (dataclass field, its type) of a method. Imports the method, so torch."""
     kind = methods.load(name)

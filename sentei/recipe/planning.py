@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ def plan(
     """What `compress` with the same arguments would do: name -> what to print. Nothing is written.
 
     A twin of the model is cut by a stand-in for the method's choice (the last units of each layer go first), so sizes
-    are those of the budget and everything that `compress` would refuse is refused here. Time and memory are of one
-    measured forward of the method's own batch.
+    are those of the budget and everything that `compress` would refuse is refused here: the calibration and held-out
+    text is packed, a reward is called once. Time and memory are those of one measured forward of the method's own
+    batch, times the forwards that it will take.
 
     Raises:
         ValueError, OSError: as `compress`.
@@ -41,7 +44,6 @@ def plan(
     import torch
 
     from sentei import checkpoint, structure
-    from sentei import data as texts
 
     source = checkpoint.inspect(job.model, trust_remote_code=trust_remote_code)
     say({"message": f"loading {model}"})
@@ -55,6 +57,7 @@ def plan(
         f"{len(text.test)} held out",
     }
     check_positions(loaded, job.method)
+    units = None
     if job.method.structural:
         units = job.method.units_of(loaded)
         twin, form = shadow(job, loaded, units)
@@ -68,37 +71,139 @@ def plan(
         lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
     elif outline := getattr(job.method, "outline", None):  # methods that remove no unit, only weights
         lines |= outline(loaded)
-    batch, seq_len = _batch(job.method)
-    documents = text.train if type(job.method).reads == "text" else [str(row) for row in text.train]
-    block_NT = texts.blocks(documents, tokenizer, seq_len, num=batch).to(next(loaded.parameters()).device)
+    block_NT = _blocks(job.method, loaded, tokenizer, text)
+    reward = _reward(job.method, loaded, tokenizer, block_NT)
     with torch.inference_mode():
         loaded(block_NT[:1])  # the first forward also fills caches
-        started = time.monotonic()
-        loaded(block_NT)
-    seconds = time.monotonic() - started
+        seconds = _seconds(lambda: loaded(block_NT))
+        step = seconds if reward is None else _seconds(reward)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.parameters())
     held = psutil.Process().memory_info().rss
-    lines["time"] = f"{seconds:.2g} s for one forward of {batch} x {seq_len} tokens" + _estimate(job.method, seconds)
+    batch, seq_len = block_NT.shape
+    lines["time"] = f"{seconds:.2g} s for one forward of {batch} x {seq_len} tokens"
+    if reward is not None:
+        lines["time"] += f", {step:.2g} s for one reward"
+    lines["time"] += _estimate(job.method, seconds, step, block_NT.numel(), units)
     lines["memory"] = f"{held / 1e6:,.0f} MB after one forward, {weights / 1e6:,.0f} MB of them the weights"
-    if job.teacher is not None:
-        lines["memory"] += "; the parent and the training come on top"
+    lines["memory"] += _more_memory(job.method, loaded, job.teacher is not None)
     if out is not None:
         lines["into"] = str(job.out)
     return lines
 
 
-def _batch(method: Any) -> tuple[int, int]:
-    """Sequences and tokens of the batch that a method computes with."""
+# Passes over the calibration text, in forwards; a backward counts as two.
+_PASSES = {"random": 0, "magnitude": 0, "wanda": 2, "flap": 1, "taylor": 3, "block_influence": 1}
+_COMPENSATION = {"none": 0, "mean": 1, "least-squares": 2}
+_TRAINING_STEP = 4  # forward, backward, and a forward of the parent
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def _blocks(method: Any, model: Any, tokenizer: Any, text: Any) -> Any:
+    """[B, T] a batch such as the method computes with; refuses text that is too short for all that it will pack."""
+    from sentei import data
+
     values = dataclasses.asdict(method)
-    return values.get("batch_size") or 8, values.get("seq_len") or values["calibration_seq_len"]
+    batch, seq_len = values.get("batch_size") or 8, values.get("seq_len") or values["calibration_seq_len"]
+    is_text = type(method).reads == "text"
+    if is_text and method.structural:
+        run = method.start(model, tokenizer, text)
+        if any(_passes(method, run.units).values()):
+            calibration_NT = run.calibration
+            batch = batch if "batch_size" in values else min(batch, len(calibration_NT))
+        if "eval_samples" in values and not values.get("reward_data"):
+            run.blocks(1, seq_len, "validation")
+            run.blocks(2 * batch if "samples" in values else 1, seq_len)
+    elif is_text:
+        data.blocks(text.validation, tokenizer, seq_len, num=1)
+    documents = text.train if is_text else [str(row) for row in text.train]
+    device = next(model.parameters()).device
+    try:
+        return data.blocks(documents, tokenizer, seq_len, num=batch).to(device)
+    except ValueError:  # one block is enough to train on
+        return data.blocks(documents, tokenizer, seq_len)[:batch].to(device)
 
 
-def _estimate(method: Any, forward: float) -> str:
+def _reward(method: Any, model: Any, tokenizer: Any, block_NT: Any) -> Callable[[], float] | None:
+    """One call of the user's reward, on a batch as the search will give it; None where the loss is the reward."""
+    values = dataclasses.asdict(method)
+    if values.get("reward", "lm_loss") == "lm_loss":
+        return None
+    from sentei.methods.policy_gradient import reward
+
+    function = reward.Reward(values["reward"])
+    if values["reward_data"] is None:
+        return lambda: function(model, reward.Batch(tokenizer, block_NT.device, input_ids=block_NT))
+    rows, _ = reward.examples(values["reward_data"])
+    if len(rows) < values["batch_size"]:
+        raise ValueError(f"reward_data has {len(rows)} rows to search on, a batch has more; lower batch_size")
+    return lambda: function(model, reward.Batch(tokenizer, block_NT.device, examples=rows[: values["batch_size"]]))
+
+
+def _estimate(method: Any, forward: float, step: float, tokens: int, units: Any) -> str:
+    """How long all forwards will take.
+
+    Args:
+        forward: seconds of one of so many `tokens`.
+        step: seconds of one in a search, which a reward may make longer.
+    """
     values = dataclasses.asdict(method)
     if values.get("minutes"):
         return f"; about {values['minutes']:g} minutes, as asked"
-    forwards = 2 * values.get("coarse_steps", 0)
-    if values.get("steps"):
-        # A training step is a forward and a backward (three forwards) and a forward of the parent.
-        forwards += values["steps"] * (4 * values["accumulate"] if "accumulate" in values else values["samples"])
-    return f"; {forwards:,} of them: about {forwards * forward / 60:.1f} minutes" if forwards else ""
+    forwards, searched = 0.0, 0.0
+    if units is not None and "calibration_samples" in values:
+        whole = values["calibration_samples"] * values["calibration_seq_len"] / tokens
+        forwards += whole * sum(_passes(method, units).values())
+    if units is not None and "coarse_steps" in values:
+        steps = values["coarse_steps"] + values["steps"]
+        searched += 2 * values["coarse_steps"] + values["samples"] * values["steps"]
+        searched += values["slope_sweeps"] * (2 + units.num_layers * len(units.granularity) / 2)
+        searched += (1 + steps / values["eval_every"]) * values["eval_samples"] / values["batch_size"]
+    elif values.get("steps"):
+        forwards += _TRAINING_STEP * values["steps"] * values.get("accumulate", 1)
+    forwards += _TRAINING_STEP * (values.get("heal_steps") or 0) * values.get("accumulate", 1)
+    if not forwards + searched:
+        return "; the method needs none" if method.structural else ""
+    minutes = (forwards * forward + searched * step) / 60
+    return f"; {forwards + searched:,.0f} of them: about {minutes:.1f} minutes"
+
+
+def _passes(method: Any, units: Any) -> dict[str, float]:
+    """What a method reads its calibration text for -> passes over it."""
+    values = dataclasses.asdict(method)
+    found: dict[str, float] = {method.resolved_compensate: _COMPENSATION[method.resolved_compensate]}
+    for score in values.get("score") or [values.get("criterion") or method.resolved_init]:
+        if score == "gates":  # forward and backward, on text of its own
+            found[score] = 3 * values["gate_steps"] * values["gate_batch"] / values["calibration_samples"]
+        elif score == "greedy":
+            # A round runs every block that is left, from its own layer on: half the model on average.
+            cost = float(units.cost_U.double().mean())
+            rounds = min(len(units), math.ceil(method.sparsity * units.layer_parameters / cost))
+            found[score] = sum((len(units) - done) / 2 + 1 for done in range(rounds))
+        else:
+            found[score] = _PASSES[score]
+    return found
+
+
+def _more_memory(method: Any, model: Any, teacher: bool) -> str:
+    """What comes on top of the weights and a forward."""
+    from sentei import structure
+
+    values = dataclasses.asdict(method)
+    if not method.structural or "calibration_samples" not in values:
+        return f"; {'the parent and ' if teacher else ''}the training come{'' if teacher else 's'} on top"
+    scores = {*(values.get("score") or [values.get("criterion") or method.resolved_init])}
+    refits = method.resolved_compensate == "least-squares"
+    more = 0
+    if refits or "wanda" in scores:  # hidden states before and after a layer
+        tokens = values["calibration_samples"] * values["calibration_seq_len"]
+        more += 2 * tokens * model.config.hidden_size * model.dtype.itemsize
+    if refits:  # products of inputs in float64: as gathered, as solved, and a copy
+        widths = [max(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
+        more += 3 * 8 * max(widths) ** 2
+    text = f"; calibration needs about {max(1, more / 1e6):,.0f} MB more" if more else ""
+    return text + ("; a backward pass comes on top" if scores & {"taylor", "gates"} else "")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import shutil
+import typing
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,22 @@ import yaml
 
 from sentei import methods
 from sentei.methods import Progress
-from sentei.recipe.fields import check_keys, make_method, method_fields
+from sentei.recipe.fields import check_keys, check_type, make_method, method_fields
 from sentei.recipe.gates import judge, parse_gate, values_of
-from sentei.recipe.stage import Job, compress, find_model, load_data, parent_of, silent, write, write_yaml
+from sentei.recipe.measuring import benchmark_stage, check_settings, check_there, evaluate_stage, generate
+from sentei.recipe.stage import (
+    STAMP,
+    Job,
+    compress,
+    find_model,
+    load_data,
+    parent_of,
+    silent,
+    state_of,
+    write,
+    write_yaml,
+)
 
-EVALUATE = (
-    "texts", "contexts", "stride", "max_blocks", "add_bos", "tasks", "include_path", "limit", "batch_size", "domain",
-)  # fmt: skip
-BENCHMARK = ("prompt_tokens", "new_tokens", "batch_size", "rounds", "warmup", "threads", "dtype", "device")
 STAGE = ("name", "method", "data", "text_field", "teacher", "after")  # keys of a stage that are no fields
 
 
@@ -56,12 +66,11 @@ class Recipe:
             if stage["method"] not in methods.METHODS:
                 methods.load(stage["method"])  # says which there are
         names = self.names()
-        if len(set(names)) < len(names):
-            raise ValueError(f"two stages have the same name: {', '.join(names)}")
-        check_keys(self.evaluate or {}, EVALUATE, "evaluate")
-        check_keys(self.benchmark or {}, BENCHMARK, "benchmark")
-        if not isinstance(self.prompts, list):
-            raise ValueError("prompts is a list of texts")
+        if len({*names, "parent"}) <= len(names):
+            raise ValueError(f"stages need names of their own, and not parent; got {', '.join(names)}")
+        for key, kind in typing.get_type_hints(Recipe).items():
+            check_type(key, getattr(self, key), kind)
+        check_settings(self.evaluate, self.benchmark)
         adapters = [_saves_adapter(stage) for stage in self.stages]
         if any(adapters[:-1]):
             raise ValueError("a stage that trains PEFT modules must be the last: nothing can start from an adapter")
@@ -118,7 +127,9 @@ def check(recipe: Recipe, *, force: bool = False) -> dict[str, str]:
     model = find_model(recipe.model)
     dense = str(Path(recipe.out) / "parent") if model.endswith(".gguf") else recipe.model
     made = {}
-    for name, job in _check_stages(recipe, model, dense, force):
+    jobs = _check_stages(recipe, model, dense, force)
+    check_there(recipe, model)
+    for name, job in jobs:
         known = method_fields(job["method"])
         method = make_method(job["method"], {key: value for key, value in job.items() if key in known})
         shown = {key: job[key] for key in ("model", "teacher", "data", "out") if job[key] is not None}
@@ -147,25 +158,21 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     model = find_model(recipe.model)
     # A GGUF is unpacked once: reading it takes half a minute, and its packed bytes compare with nothing of ours.
     dense = str(out / "parent") if model.endswith(".gguf") else recipe.model
-    jobs = _check_stages(recipe, model, dense, force)
-    write_yaml(out / "recipe.yaml", json.loads(json.dumps(dataclasses.asdict(recipe))))
+    unpack = model.endswith(".gguf") and not _is_unpacked(model, Path(dense))
+    if unpack and not force and (Path(dense) / "config.json").exists():
+        raise FileExistsError(f"{dense} is not {model}; give another `out` in the recipe, or --force")
     done = _Done(out / "done.json", force)
-    if model.endswith(".gguf"):
-        if not (out / "parent" / "config.json").exists():
-            from sentei import checkpoint
+    jobs = _check_stages(recipe, model, dense, force, done.stale)
+    check_there(recipe, model)
+    write_yaml(out / "recipe.yaml", json.loads(json.dumps(dataclasses.asdict(recipe))))
+    if unpack:
+        from sentei import checkpoint
 
-            say({"message": f"unpacking {model} into {dense}"})
-            checkpoint.unpack(model, dense)
+        say({"message": f"unpacking {model} into {dense}"})
+        checkpoint.unpack(model, dense, force=force)
+    if model.endswith(".gguf"):
         model = dense
-    fresh = False
-    for name, job in jobs:
-        if not fresh and not force and job["out"].exists():
-            say({"message": f"{job['out']} is there already"})
-            continue
-        fresh = True  # what follows a new checkpoint is made anew
-        done.forget(name)
-        say({"message": f"stage {name}"})
-        compress(**job, force=True, report=report)
+    _make_stages(jobs, done, force, say, report)
     last = jobs[-1][1]["out"]
     if _saves_adapter(recipe.stages[-1]):  # its scores are its own: a task's, not a text's
         stored = json.loads((last / "prunepeft.json").read_text(encoding="utf-8"))["record"]
@@ -180,15 +187,17 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
         result["measurements"] = measured = {}
         for name, place in places.items():
             measured[name] = done.once(
-                f"evaluate {name}", recipe.evaluate, partial(_evaluate, recipe, place, out / name, say, stages)
+                f"evaluate {name}", recipe.evaluate, partial(evaluate_stage, recipe, place, out / name, say, stages)
             )
     if recipe.benchmark is not None:
         result["benchmark"] = done.once(
-            f"benchmark {jobs[-1][0]}", recipe.benchmark, lambda: _benchmark(recipe.benchmark or {}, last, model, say)
+            f"benchmark {jobs[-1][0]}",
+            recipe.benchmark,
+            lambda: benchmark_stage(recipe.benchmark or {}, last, model, say),
         )
     if recipe.prompts:
         asked = {"prompts": recipe.prompts, "new_tokens": recipe.new_tokens}
-        result["generations"] = done.once(f"generate {jobs[-1][0]}", asked, lambda: _generate(recipe, model, last, say))
+        result["generations"] = done.once(f"generate {jobs[-1][0]}", asked, lambda: generate(recipe, model, last, say))
     if recipe.report:
         from sentei import report as pages
 
@@ -200,8 +209,42 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     return result
 
 
-def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Name and arguments of `compress` for every stage, the first from `start`; refuses what would be refused later."""
+def _is_unpacked(gguf: str, folder: Path) -> bool:
+    """Was this folder unpacked from this very file? Its card says from which."""
+    from sentei import checkpoint
+
+    card = folder / "README.md"
+    return card.is_file() and checkpoint.inspect(gguf).sha256() in card.read_text(encoding="utf-8")
+
+
+def _make_stages(
+    jobs: list[tuple[str, dict[str, Any]]], done: _Done, force: bool, say: Progress, report: Progress | None
+) -> None:
+    """Make the first stage that is missing or stale, and all after it: they came from its old checkpoint, if any."""
+    there = [not force and name not in done.stale and job["out"].exists() for name, job in jobs]
+    first = there.index(False) if False in there else len(jobs)
+    for _, job in jobs[:first]:
+        say({"message": f"{job['out']} is there already"})
+    if first == len(jobs):
+        return
+    # Said on disk before the first one changes: whatever stops this run, the next one goes on from here.
+    done.forget([name for name, _ in jobs[first:]])
+    for _, job in jobs[first + 1 :]:
+        shutil.rmtree(state_of(job["out"]), ignore_errors=True)  # of a search that began from the old one
+    for name, job in jobs[first:]:
+        say({"message": f"stage {name}"})
+        compress(**job, force=True, report=report)
+        done.made(name)
+
+
+def _check_stages(
+    recipe: Recipe, model: str, start: str, force: bool, stale: Container[str] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """Name and arguments of `compress` for every stage, the first from `start`; refuses what would be refused later.
+
+    Args:
+        stale: stages that will be made again, whatever their settings were.
+    """
     jobs: list[tuple[str, dict[str, Any]]] = []
     dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
     previous = start
@@ -243,9 +286,9 @@ def _check_stages(recipe: Recipe, model: str, start: str, force: bool) -> list[t
         if teacher in places.values():
             unpacked = str(teacher)
         resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(arguments["data"], text_field)
-        stamp = out / "recipe.yaml"
+        stamp = out / STAMP
         same = stamp.exists() and yaml.safe_load(stamp.read_text(encoding="utf-8")) == resolved
-        if out.exists() and not same and not force:
+        if out.exists() and not same and not force and name not in stale:
             raise FileExistsError(f"{out} was made from other settings; give another `out` in the recipe, or --force")
         jobs.append((name, arguments))
         previous = places[name] = str(out)
@@ -257,88 +300,35 @@ def _saves_adapter(stage: dict[str, Any]) -> bool:
 
 
 class _Done:
-    """What a run has measured, by step and settings, so that a second run need not measure again."""
+    """What a run has measured, by step and settings, so that a second run need not measure again.
+
+    Attributes:
+        stale: stages whose folders, if there, come from checkpoints that were made again since, or are about to be.
+    """
 
     def __init__(self, path: Path, force: bool):
         self.path = path
-        self.steps: dict[str, Any] = {}
-        if path.exists() and not force:
-            self.steps = json.loads(path.read_text(encoding="utf-8"))
+        self.steps: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.stale: list[str] = self.steps.pop("stale", [])
+        if force:
+            self.steps = {}
 
     def once(self, step: str, settings: Any, make: Callable[[], Any]) -> Any:
         settings = json.loads(json.dumps(settings))
         if self.steps.get(step, {}).get("settings") != settings:
             self.steps[step] = {"settings": settings, "result": make()}
-            write(self.path, json.dumps(self.steps, indent=1) + "\n")
+            self._write()
         return self.steps[step]["result"]
 
-    def forget(self, name: str) -> None:
-        """Measurements of a stage that is about to be made again."""
-        self.steps = {step: made for step, made in self.steps.items() if step.split(" ", 1)[1] != name}
+    def forget(self, names: list[str]) -> None:
+        """Stages that are about to be made again, and their measurements."""
+        self.stale = list(dict.fromkeys([*self.stale, *names]))
+        self.steps = {step: made for step, made in self.steps.items() if step.split(" ", 1)[1] not in names}
+        self._write()
 
+    def made(self, name: str) -> None:
+        self.stale = [stage for stage in self.stale if stage != name]
+        self._write()
 
-def _evaluate(recipe: Recipe, model: str, folder: Path, say: Progress, beside: list[str]) -> list[dict[str, Any]]:
-    from sentei import evaluate
-
-    say({"message": f"evaluating {model}"})
-    settings = dict(recipe.evaluate or {})
-    measured = _evaluate_domain(recipe, model, folder, settings.pop("domain", ()))
-    if not settings.get("texts") and not settings.get("tasks"):
-        return measured
-    result = evaluate.run(
-        model,
-        json_path=folder / "eval.json",
-        beside=beside,
-        dtype=recipe.dtype,
-        text_field=recipe.text_field,
-        trust_remote_code=recipe.trust_remote_code,
-        **settings,
-    )
-    return measured + result["measurements"]
-
-
-def _evaluate_domain(recipe: Recipe, model: str, folder: Path, files: list[str]) -> list[dict[str, Any]]:
-    """Prompt rows, with the template and length of the stage that was tuned on such rows: the parent's too."""
-    if not files:
-        return []
-    from sentei import evaluate
-    from sentei.evaluate import domain
-
-    tuned = next((stage for stage in recipe.stages if "template" in method_fields(stage["method"])), {})
-    how = {name: tuned.get(name, default) for name, default in (("template", "plain"), ("seq_len", 512))}
-    how |= {name: value for name, value in (recipe.evaluate or {}).items() if name in ("batch_size", "limit")}
-    measured = []
-    for file in files:
-        measured += domain.run(model, file, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, **how)
-    evaluate.write_measurements(folder / "eval.json", measured)
-    return measured
-
-
-def _benchmark(settings: dict[str, Any], child: Path, parent: str, say: Progress) -> dict[str, Any]:
-    from sentei import benchmark
-
-    say({"message": f"timing {child} and its parent in turns"})
-    return benchmark.run(child, parent, **settings)
-
-
-def _generate(recipe: Recipe, parent: str, child: Path, say: Progress) -> list[dict[str, str]]:
-    """The same prompts continued by both, most likely token first, as chat where the tokenizer knows how."""
-    import torch
-
-    from sentei import checkpoint
-
-    rows = [{"prompt": prompt} for prompt in recipe.prompts]
-    for side, place in (("parent", parent), ("child", str(child))):
-        say({"message": f"{place} writes"})
-        model, tokenizer = checkpoint.load(place, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code)
-        for row in rows:
-            text = row["prompt"]
-            if tokenizer.chat_template:
-                turns = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-            with torch.inference_mode():
-                answer = model.generate(**ids, max_new_tokens=recipe.new_tokens, do_sample=False)
-            row[side] = tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    write(child / "generation.json", json.dumps(rows, indent=1) + "\n")
-    return rows
+    def _write(self) -> None:
+        write(self.path, json.dumps({"stale": self.stale, **self.steps}, indent=1) + "\n")

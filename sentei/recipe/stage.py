@@ -19,6 +19,8 @@ from sentei import methods
 from sentei.methods import Progress
 from sentei.recipe.fields import make_method
 
+STAMP = "recipe.yaml"  # in every checkpoint: the one stage that made it, every field written out
+
 
 def compress(
     model: str | Path,
@@ -85,13 +87,14 @@ def compress(
         }
         say({"message": f"saving {job.out} and loading it again"})
         shared = {"tokenizer": tokenizer, "out": job.out, "parent": str(job.model), "record": stage, "force": force}
+        # The recipe goes in with the rest: a folder without it would not be known again by `run`.
         if job.saves_adapter:
             fallback = workdir / job.method.fallback if record.get("fallback") else None
-            pages = job.method.pages(record)
+            pages = job.method.pages(record) | {STAMP: _yaml(resolved)}
             checkpoint.adapters.save(**saving, **shared, pages=pages, fallback=fallback)
         else:
-            checkpoint.save(**saving, **shared, shape=job.shape)
-        write_yaml(job.out / "recipe.yaml", resolved)
+            files = saving.pop("files", {}) | {STAMP: workdir / STAMP}
+            checkpoint.save(**saving, **shared, shape=job.shape, files=files)
     return job.out
 
 
@@ -108,14 +111,25 @@ def shadow(job: Job, model: Any, units: Any) -> tuple[Any, Any]:
     """
     import torch
 
-    from sentei import checkpoint
+    from sentei import checkpoint, structure
 
     score_U = -units.index_U.double() - 1e-6 * units.layer_U.double()
     keep_U = job.method.select(score_U, units, "layer" if job.shape == "uniform" else "global")
     with torch.device("meta"):
         twin = type(model)(copy.deepcopy(model.config))  # which a cut changes, and the model runs by its own
-    job.method.remove(twin, units, keep_U)
+        bias = _biases(job.method, model, units, keep_U)
+    structure.remove(twin, units, keep_U, bias) if bias else job.method.remove(twin, units, keep_U)
     return twin, checkpoint.form(twin, job.shape)
+
+
+def _biases(method: Any, model: Any, units: Any, keep_U: Any) -> dict[tuple[int, str], Any]:
+    """Zeros where the method's compensation will add a bias, (layer, kind) -> [H]: not every class has room for it."""
+    import torch
+
+    if getattr(method, "resolved_compensate", "none") == "none" or method.whole:
+        return {}
+    pairs = [(layer, kind) for layer in range(units.num_layers) for kind in units.granularity]
+    return {pair: torch.zeros(model.config.hidden_size) for pair in pairs if not keep_U[units.of(*pair)].all()}
 
 
 def check_positions(model: Any, method: Any) -> None:
@@ -271,12 +285,12 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
 
     The state of another recipe is thrown away: it could only be refused. Of several processes the first one writes.
     """
-    folder = out.absolute().parent / f".{out.name}.work"
+    folder = state_of(out)
     if not first_process():
         meet()
         yield folder
         return
-    stamp = folder / "recipe.yaml"
+    stamp = folder / STAMP
     if folder.exists() and (not stamp.exists() or yaml.safe_load(stamp.read_text(encoding="utf-8")) != resolved):
         shutil.rmtree(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -295,6 +309,11 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def state_of(out: Path) -> Path:
+    """Where the state of unfinished work on `out` lies."""
+    return out.absolute().parent / f".{out.name}.work"
+
+
 def first_process() -> bool:
     """False in all but one process of `accelerate launch` and its like."""
     return os.environ.get("RANK", "0") == "0"
@@ -309,7 +328,11 @@ def meet() -> None:
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    write(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=False, width=120))
+    write(path, _yaml(content))
+
+
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=False, width=120)
 
 
 def write(path: Path, text: str) -> None:

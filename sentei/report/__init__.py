@@ -69,18 +69,22 @@ from sentei.report import page, reading, table
 __all__ = ["markdown", "write"]
 
 
-def write(parent: str | Path | None, children: Sequence[str | Path] | str | Path, out: str | Path) -> Path:
+def write(
+    parent: str | Path | None, children: Sequence[str | Path] | str | Path, out: str | Path, *, force: bool = True
+) -> Path:
     """Write the HTML page, and the Markdown table beside it under the same name with `.md`.
 
     Args:
         parent: the dense model: a folder that may hold an eval.json, a file, or a hub id (only named); None takes what
             the children say about it.
         children: folders of compressed checkpoints, in the order of the columns.
-        out: the page; a folder gets `report.html`. An older report is replaced.
+        out: the page; a folder gets `report.html`.
+        force: replace an older page and table.
     Returns:
         the path of the page.
     Raises:
-        ValueError: no child given, a child's folder is missing or holds none of the files, or a file is not JSON.
+        ValueError: no child given, a child's folder is missing or holds none of the files, a file is not JSON, or the
+            page is there already and not to be replaced.
     """
     report = reading.read(parent, _several(children))
     out = Path(out)
@@ -88,6 +92,9 @@ def write(parent: str | Path | None, children: Sequence[str | Path] | str | Path
         out = out / "report.html"
     if out.suffix == ".md":
         raise ValueError(f"{out} is the name of the Markdown table; give the page's name, such as report.html")
+    for file in (out, out.with_suffix(".md")):
+        if file.exists() and not force:
+            raise ValueError(f"{file} exists; give another --out, or --force (force=True) to replace it")
     out.parent.mkdir(parents=True, exist_ok=True)
     _replace(out, page.html(report))
     _replace(out.with_suffix(".md"), table.markdown(report))
