@@ -239,7 +239,9 @@ def _select_uniform(order: Tensor, units: Units, remove: int, round_to: int) -> 
             keep[kind] = max(1, round((1 - fraction) * count))  # channels make up for the coarse step
         else:
             keep[kind] = min(count, budget // cost)
-            if kind == "channels":
+            if kind == "heads":
+                keep[kind] = count - _whole_steps(remove, cost, units)
+            else:
                 keep[kind] -= keep[kind] % round_to
         budget -= keep[kind] * cost
         if keep[kind] < 1:
@@ -254,6 +256,20 @@ def _select_uniform(order: Tensor, units: Units, remove: int, round_to: int) -> 
             inside = order[(units.layer_U[order] == layer) & (units.kind_U[order] == KINDS.index(kind))]
             keep_U[inside[:count]] = True
     return keep_U
+
+
+def _whole_steps(remove: int, cost: int, units: Units) -> int:
+    """Units that go from every layer alike; half a percent of the layers is as near as a fraction need be."""
+    step, asked = cost / units.layer_parameters, remove / units.layer_parameters
+    steps = round(asked / step)
+    if abs(steps * step - asked) > 0.005:
+        below, above = int(asked / step), int(asked / step) + 1
+        near = [f"{count * step:.3f}" for count in (below, above) if 0 < count * cost < units.total]
+        raise ValueError(
+            f"shape=uniform takes as many heads from every layer, {step:.1%} of the layer parameters at a time, and "
+            f"sparsity {asked:.3f} is between; nearest possible: {' or '.join(near) or 'none'}. Or use shape=heterogeneous"
+        )
+    return steps
 
 
 def _round_channels(order: Tensor, units: Units, keep_U: Tensor, budget: int, round_to: int) -> Tensor:
@@ -288,24 +304,43 @@ def sliced(model: nn.Module, units: Units, keep_U: Tensor, fill: Fill | None = N
     """Like `masked`, but the linears run on the kept rows and columns only: less work instead of multiplying by zero.
 
     Each linear gathers its kept weights when it runs and forgets them, so one linear's copy is the peak. Pays when a
-    forward has more than a few hundred tokens. Not for generation: a KV cache made here fits no other mask.
+    forward has more than a few hundred tokens. An attention or MLP of which nothing is left is not run at all (with
+    norms before it: behind it, a norm belongs to the other branch too). Not for generation: a KV cache made here fits
+    no other mask.
     """
     row = structure.family(model)
     cut_kinds = [kind for kind in units.granularity if kind == "channels" or (kind == "heads" and not row.fused_qkv)]
     rest_U = keep_U.clone()  # what slicing does not cover goes through masks
+    spans = _spans(units)
     with ExitStack() as stack:
         for number, layer in enumerate(structure.layers(model)):
+            if row.pre_norm and (span := spans.get((number, "sublayers"))):
+                for index in units.index_U[span][~keep_U[span]].tolist():
+                    attention = SUBLAYERS[index] == "attention"
+                    branch = structure.part(layer, row.attention if attention else row.mlp)
+                    stack.enter_context(_replaced_forward(branch, _constant(attention, None)))
+                rest_U[span] = True
             for kind in cut_kinds:
-                of = units.of(number, kind)
-                kept = units.index_U[of][keep_U[of]]
-                rest_U[of] = True
-                if len(kept) == len(of):
+                if (span := spans.get((number, kind))) is None:
+                    continue
+                kept = units.index_U[span][keep_U[span]]
+                rest_U[span] = True
+                if len(kept) == span.stop - span.start:
                     continue
                 size = structure.sizes_of(layer, row)
                 reader = structure.reader(layer, row, kind)
                 assert reader is not None
                 device = reader.weight.device
                 columns_K = structure.columns(size, kind, kept).to(device)
+                bias_H = reader.bias
+                if fill is not None and (fill_W := fill.get((number, kind))) is not None:
+                    dropped_W = fill_W.to(reader.weight).index_fill(0, columns_K, 0)
+                    constant_H = reader.weight @ dropped_W
+                    bias_H = constant_H if bias_H is None else bias_H + constant_H
+                if row.pre_norm and not len(kept):
+                    branch = structure.part(layer, row.attention if kind == "heads" else row.mlp)
+                    stack.enter_context(_replaced_forward(branch, _constant(kind == "heads", bias_H)))
+                    continue
                 if kind == "channels":
                     rows_K = torch.cat([columns_K, columns_K + reader.in_features]) if row.fused_up else columns_K
                     writers = dict.fromkeys(row.up, rows_K)
@@ -315,15 +350,31 @@ def sliced(model: nn.Module, units: Units, keep_U: Tensor, fill: Fill | None = N
                 for path, rows_K in writers.items():
                     linear = structure.part(layer, path)
                     stack.enter_context(_replaced_forward(linear, _on_rows(linear, rows_K)))
-                bias_H = reader.bias
-                if fill is not None and (fill_W := fill.get((number, kind))) is not None:
-                    dropped_W = fill_W.to(reader.weight).index_fill(0, columns_K, 0)
-                    constant_H = reader.weight @ dropped_W
-                    bias_H = constant_H if bias_H is None else bias_H + constant_H
                 stack.enter_context(_replaced_forward(reader, _on_columns(reader, columns_K, bias_H)))
         if not bool(rest_U.all()):
             stack.enter_context(masked(model, units, rest_U, fill))
         yield
+
+
+def _spans(units: Units) -> dict[tuple[int, str], slice]:
+    """(layer, kind) -> where its units lie: `Units.of` for all pairs in one pass."""
+    key_U = units.layer_U * len(KINDS) + units.kind_U
+    keys, counts = torch.unique_consecutive(key_U, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return {
+        (key // len(KINDS), KINDS[key % len(KINDS)]): slice(start, end)
+        for key, start, end in zip(keys.tolist(), [0, *ends], ends, strict=False)
+    }
+
+
+def _constant(attention: bool, bias_H: Tensor | None) -> Callable[..., Any]:
+    """The forward of an attention (which gives its weights too) or MLP that adds nothing, or its bias."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = torch.zeros_like(hidden_states) if bias_H is None else bias_H.expand_as(hidden_states)
+        return (out, None) if attention else out
+
+    return forward
 
 
 def _on_rows(linear: nn.Linear, rows_K: Tensor) -> Callable[[Tensor], Tensor]:

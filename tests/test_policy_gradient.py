@@ -2,16 +2,19 @@
 
 import copy
 import itertools
+import json
 import math
 
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file
 
 from sentei import data, masks, structure
-from sentei.methods.policy_gradient import PolicyGradient
-from sentei.methods.policy_gradient.estimate import ESTIMATORS, estimate, project, sigmap, uniform
-from sentei.methods.policy_gradient.search import Search
+from sentei.methods.policy_gradient import PAPER, PolicyGradient
+from sentei.methods.policy_gradient.estimate import ESTIMATORS, estimate, project, shift, sigmap, uniform
+from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops
+from sentei.methods.policy_gradient.search import STATE, Search
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away into woods "
 TEXT = data.Text([WORDS * 40] * 3, [WORDS * 20], [WORDS], "words", "0")
@@ -110,6 +113,42 @@ def test_projection_equals_an_exact_solver():
         torch.testing.assert_close(found, exact_projection(z, w, budget), atol=1e-9, rtol=0)
 
 
+def test_projection_of_many_equals_bisection():
+    """Beyond a few thousand coordinates most are settled early; the outcome is that of plain halving."""
+    generator = torch.Generator().manual_seed(0)
+    for spread, heavy in ((0.1, False), (0.8, False), (0.3, True)):
+        z = torch.randn(20_000, generator=generator).double() * spread + 0.5
+        w = torch.ones(len(z)).double()
+        w[::300] = 171.0 if heavy else 1.0  # a KV group among channels
+        budget = 0.4 * float(w.sum())
+        low, high = 0.0, float((z / w).max())
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            over = float((w * (z - middle * w).clamp(0, 1)).sum()) > budget
+            low, high = (middle, high) if over else (low, middle)
+        found = project(z, w, budget)
+        assert budget * (1 - 1e-12) <= float((w * found).sum()) <= budget * (1 + 1e-12)
+        torch.testing.assert_close(found, (z - high * w).clamp(0, 1), atol=1e-9, rtol=0)
+
+
+def test_projection_above_a_floor():
+    z, w = double(0.9, 0.8, 0.3, 1.1, -0.4), double(4, 1, 1, 2, 1)
+    found = project(z, w, 4.0, floor=0.05)
+    assert float(found.min()) == 0.05 and float((w * found).sum()) == pytest.approx(4, abs=1e-12)
+    inside = (found > 0.05) & (found < 1)  # those all moved by the same multiple of their weight
+    moved = ((z - found) / w)[inside]
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved), atol=1e-12, rtol=0)
+    assert torch.equal(project(z, w, 4.0, floor=0.0), project(z, w, 4.0))
+
+
+def test_shift_keeps_the_order_and_spends_the_budget():
+    z, w = double(1.4, 0.9, 0.5, 0.2, -0.1), double(1, 5, 1, 2, 1)
+    for budget in (2.0, 6.0):
+        found = shift(z, w, budget)
+        assert float((w * found).sum()) == pytest.approx(budget, abs=1e-12)
+        assert (found[:-1] >= found[1:]).all() and float(found.min()) >= 0 and float(found.max()) <= 1
+
+
 def test_sigmap_on_hand_numbers():
     metric = double(1, 2, 3, 4)
     found = sigmap(metric, 0.5)
@@ -164,13 +203,30 @@ def test_a_useless_layer_pays(words, monkeypatch, fields):
     assert widths[2] < 0.6 * min(widths[0], widths[1], widths[3]), widths
 
 
+def turns_of(monkeypatch):
+    """The turns whose forwards run from here on; `Search.loss` itself is left as it is."""
+    seen, loss = [], Search.loss
+
+    def noted(self, keep_U, step):
+        seen.append(max(step, -1 - step))
+        return loss(self, keep_U, step)
+
+    monkeypatch.setattr(Search, "loss", noted)
+    return seen
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"steps": 4, "granularity": "heads+channels"}, {"steps": 6, "granularity": "layers"}],
+    [
+        {"steps": 4, "granularity": "heads+channels"},
+        {"steps": 6, "granularity": "layers"},
+        {"steps": 2, "granularity": "sublayers+channels", "reward_scale": "std"},
+    ],
 )
 def test_killed_and_resumed_equals_never_killed(words, tmp_path, monkeypatch, fields):
     method = PolicyGradient(sparsity=0.3, **QUICK | fields)
-    whole = method.compress(tiny_model("llama"), words, TEXT)
+    whole = method.compress(tiny_model("llama"), words, TEXT, workdir=tmp_path / "whole")
+    total = len(whole["history"])
     for killed_after in (1, 3, 5):
         folder = tmp_path / str(killed_after)
         with monkeypatch.context() as patched:
@@ -185,13 +241,60 @@ def test_killed_and_resumed_equals_never_killed(words, tmp_path, monkeypatch, fi
             patched.setattr(Search, "_save", dies)
             with pytest.raises(KeyboardInterrupt):
                 method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
-        resumed = method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
+        with monkeypatch.context() as patched:
+            turns = turns_of(patched)
+            resumed = method.compress(tiny_model("llama"), words, TEXT, workdir=folder)
+        assert set(turns) == set(range(killed_after, total))  # nothing before the kill is made again
         assert resumed["kept"] == whole["kept"]
         assert [x["losses"] for x in resumed["history"]] == [x["losses"] for x in whole["history"]]
+        assert_same_state(folder, tmp_path / "whole")
     with pytest.raises(ValueError, match=r"belongs to another run \(seed"):
         PolicyGradient(sparsity=0.3, seed=5, **QUICK | fields).compress(
             tiny_model("llama"), words, TEXT, workdir=folder
         )
+    for text, model, differs in (
+        (data.Text(TEXT.train, TEXT.validation, TEXT.test, "words", "1"), tiny_model("llama"), "text"),
+        (TEXT, tiny_model("llama", seed=1), "weights"),
+    ):
+        with pytest.raises(ValueError, match=rf"another run \({differs} differs"):
+            method.compress(model, words, text, workdir=folder)
+
+
+def assert_same_state(folder, other):
+    """Every tensor of the search, to the bit."""
+    ours, theirs = load_file(folder / STATE), load_file(other / STATE)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("where", ["loss", "_held_loss", "mean"])
+def test_stopped_by_hand_before_the_first_save(words, tmp_path, monkeypatch, where):
+    """Ctrl-C in the third step, in the middle of whatever it does: the state is that of the step's begin."""
+    method = PolicyGradient(sparsity=0.3, **QUICK | {"steps": 2, "save_every": 100})
+    method.compress(tiny_model("llama"), words, TEXT, workdir=tmp_path / "whole")
+    said, calls = [], []
+    with monkeypatch.context() as patched:
+        real, climb = getattr(Search, where), Search._step
+
+        def step(self, level, levels, number, offset, total):
+            if offset + number == 2:
+                patched.setattr(Search, where, stopped)
+            return climb(self, level, levels, number, offset, total)
+
+        def stopped(self, *arguments):
+            calls.append(where)
+            if len(calls) == (2 if where == "mean" else 1):  # the second mean is in the middle of an update
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        patched.setattr(Search, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            method.compress(tiny_model("llama"), words, TEXT, workdir=tmp_path / "stopped", report=said.append)
+    assert any("--finish true" in event["message"] for event in said)
+    turns = turns_of(monkeypatch)
+    method.compress(tiny_model("llama"), words, TEXT, workdir=tmp_path / "stopped")
+    assert min(turns) == 2
+    assert_same_state(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_forward_only(words, monkeypatch):
@@ -225,9 +328,49 @@ def test_bad_losses_are_dropped_and_counted(words, monkeypatch):
         PolicyGradient(sparsity=0.3, **QUICK | {"coarse_steps": 30}).compress(tiny_model("llama"), words, TEXT)
 
 
+def test_a_first_step_without_a_finite_loss_makes_valid_json(words, monkeypatch):
+    real = Search.loss
+    monkeypatch.setattr(Search, "loss", lambda self, keep_U, step: math.nan if not step else real(self, keep_U, step))
+    method = PolicyGradient(sparsity=0.3, **QUICK | {"slope_sweeps": 0, "coarse_steps": 0, "steps": 3})
+    said = []
+    history = method.compress(tiny_model("llama"), words, TEXT, report=said.append)["history"]
+    json.dumps(history, allow_nan=False)
+    assert history[0]["baseline"] is None and history[0]["loss"] is None and history[1]["baseline"] > 0
+    told = [event["message"] for event in said if event["message"].startswith("searching: loss")]
+    assert "loss not finite" in told[0] and "2 losses skipped" in told[1]
+    assert "baseline" in told[1] and "best held-out" in told[1] and "M parameters" in told[1]
+
+
+def test_unseen_batches_are_others(words, monkeypatch):
+    """The text that judges a sweep is not the sweep's own, whatever the seed; where it never was, nothing changes."""
+    same = 0
+    for seed in range(12):
+        method = PolicyGradient(seed=seed, **QUICK)
+        search = Search(method, method.start(tiny_model("llama"), words, TEXT))
+        for ranks, turn in ((1, 0), (1, 5), (2, 3)):
+            search.ranks = ranks
+            batches = list(range(3))
+            own, unseen = (search._of_step(batches, step) for step in (turn, -1 - turn))
+            first = search._place(-1 - turn, 3)
+            assert unseen != own and unseen == (first if first != own else unseen)
+            same += first == own
+        monkeypatch.undo()
+    assert same
+
+
 def test_preset_and_refusals(words):
     paper = PolicyGradient(preset="paper", batch_size=4)
     assert (paper.steps, paper.lr, paper.budget, paper.batch_size) == (15_000, 2e-3, "family", 4)
+    assert all(getattr(paper, name) == value for name, value in PAPER.items() if name != "batch_size")
+    given = {
+        "coarse_steps": 50,
+        "channel_group": 32,
+        "score_floor": 0.01,
+        "steps": 0,
+        "lr": None,
+    }  # equal to our defaults
+    asked = PolicyGradient(preset="paper", **given)
+    assert {name: getattr(asked, name) for name in given} == given and asked.budget == "family"
     for fields, message in (
         ({"samples": 1}, "divides by samples - 1"),
         ({"estimator": "antithetic", "samples": 3}, "even number"),
@@ -235,7 +378,10 @@ def test_preset_and_refusals(words):
         ({"sparsity": 1.2}, r"got 1\.2"),
         ({"budget": "both"}, "global or family"),
         ({"granularity": "sublayers+layers"}, "goes before heads and channels"),
-        ({"granularity": "layers+channels", "shape": "uniform"}, "shape=uniform"),
+        ({"granularity": "layers+channels", "shape": "uniform", "steps": 9}, "shape=uniform"),
+        ({"shape": "uniform"}, "leaves no widths to search over: give steps"),
+        ({"preset": "other"}, "ours or paper"),
+        ({"score_floor": 0.7}, "score_floor is a small probability"),
     ):
         with pytest.raises(ValueError, match=message):
             PolicyGradient(**fields).check()
@@ -314,3 +460,113 @@ def test_family_budget_cuts_both_kinds_alike(words):
         assert abs(removed - 0.4) < 0.1
     method.compress(model, words, TEXT)
     assert sum(size.num_kv_heads for size in structure.sizes(model)) == 7  # of 12
+
+
+@pytest.mark.parametrize("budget", ["global", "family"])
+@pytest.mark.parametrize("group", [1, 8])
+def test_the_search_over_units_starts_at_the_allocation(words, group, budget):
+    """Its hard mask is that of the coarse levels, to the one bit a layer that the border may cut through."""
+    for seed in range(5):
+        method = PolicyGradient(sparsity=0.4, channel_group=group, budget=budget, **QUICK | {"steps": 4})
+        search = Search(method, method.start(tiny_model("llama"), words, TEXT))
+        allocation = Allocation(search)
+        generator = torch.Generator().manual_seed(seed)
+        random_P = torch.rand(len(allocation.pairs), generator=generator).double()
+        allocation.fraction_P.copy_(allocation.within_budget(random_P))
+        bits = Bits(search, allocation)
+        bits.start_from_allocation()
+        ours, theirs = bits.hard(), allocation.hard()
+        for of in allocation.pairs:
+            size = int(bits.bit_U[of].bincount().max())
+            assert int((ours[of] != theirs[of]).sum()) <= size, (seed, ours[of], theirs[of])
+        for inside, parameters in bits.budgets:
+            assert float((bits.s * bits.weight)[inside].sum()) == pytest.approx(parameters)
+        decided = ((bits.s == 0) | (bits.s == 1)).double().mean()
+        assert group > 1 or decided > 0.6
+
+
+@pytest.mark.parametrize(("floor", "returns"), [(0.02, True), (0.0, False)])
+def test_a_vital_unit_that_starts_at_zero_returns(words, monkeypatch, floor, returns):
+    """The initial score is wrong about one channel of each layer: without a floor, 0 is for ever."""
+    model = tiny_model("llama")
+    units = structure.units(model, "channels")
+    vital = torch.stack([units.of(layer, "channels")[7] for layer in range(4)])
+    metric_U = torch.linspace(0, 1, len(units)).double()
+    metric_U[vital] = -50.0
+    monkeypatch.setattr(Search, "_initial_metric", lambda self: metric_U)
+    monkeypatch.setattr(Search, "loss", lambda self, keep_U, step: 3.0 - float(keep_U[vital].double().mean()))
+    method = PolicyGradient(
+        sparsity=0.4, granularity="channels", keep_best=False, score_floor=floor, channel_group=1, lr=0.05,
+        estimator="leave_one_out", **QUICK | {"slope_sweeps": 0, "coarse_steps": 0, "steps": 300, "eval_every": 300},
+    )  # fmt: skip
+    said, kept = [], []
+    select = PolicyGradient.select
+    monkeypatch.setattr(PolicyGradient, "select", lambda self, *a, **k: kept.append(select(self, *a, **k)) or kept[-1])
+    record = method.compress(model, words, TEXT, report=said.append)
+    assert bool(kept[-1][vital].all()) == returns and bool(kept[-1][vital].any()) == returns
+    assert any("cannot rise" in event["message"] for event in said) != returns
+    assert record["history"][0]["at_floor"] > 0
+
+
+def test_uniform_searches_inside_each_layer(words, monkeypatch):
+    model = tiny_model("llama")
+    units = structure.units(model)
+    useful = (units.index_U % 2 == 1) & (units.kind_U == structure.KINDS.index("channels"))
+    monkeypatch.setattr(Search, "loss", lambda self, keep_U, step: 3.0 - float(keep_U[useful].double().mean()))
+    kept = []
+    select = PolicyGradient.select
+    monkeypatch.setattr(PolicyGradient, "select", lambda self, *a, **k: kept.append(select(self, *a, **k)) or kept[-1])
+    method = PolicyGradient(
+        sparsity=0.3, shape="uniform", channel_group=2, keep_best=False, lr=0.02, estimator="leave_one_out",
+        **QUICK | {"steps": 150, "eval_every": 150},
+    )  # fmt: skip
+    record = method.compress(model, words, TEXT)
+    assert len({(size.num_kv_heads, size.intermediate_size) for size in structure.sizes(model)}) == 1
+    assert float(kept[-1][useful].double().mean()) > float(kept[0][useful].double().mean()) + 0.05
+    assert len(record["history"]) == 150
+
+
+def test_what_cannot_be_afforded_is_no_forward(words):
+    """Whole sub-layers beyond the budget are not tried: neither counted as forwards nor as losses that went wrong."""
+    method = PolicyGradient(
+        sparsity=0.2, granularity="sublayers+heads+channels", **QUICK | {"slope_sweeps": 0, "coarse_steps": 0}
+    )
+    run = method.start(tiny_model("llama"), words, TEXT)
+    search = Search(method, run)
+    level = Drops(search, Allocation(search))
+    with torch.inference_mode():
+        losses = level.measure(0, 0)
+    assert all(map(math.isfinite, losses))
+    assert level.counts[0] == 0 and len(level.counts) < 5  # of 0, 1, 2, 3, 4, 6
+    assert level.forwards == 1 + 2 * (4 + 3 + 2 + 1) / 4 + len(level.counts)
+    record = method.compress(tiny_model("llama"), words, TEXT)
+    assert record["skipped"] == 0 and record["forwards"] == level.forwards
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])
+@pytest.mark.parametrize("granularity", ["sublayers", "channels", "heads"])
+def test_what_is_gone_as_a_whole_is_not_run(family, granularity, tokens):
+    """The linears that write a dropped sub-layer's units stay silent, where norms come before it."""
+    model = tiny_model(family).double()
+    units, row = structure.units(model, granularity), structure.family(model)
+    keep = torch.ones(len(units), dtype=torch.bool)
+    keep[units.of(1, granularity)] = False
+    with torch.no_grad(), masks.masked(model, units, keep):
+        expected = model(input_ids=tokens).logits
+    ran = []
+    paths = {"sublayers": (row.query, *row.up), "channels": row.up, "heads": (row.query,)}[granularity]
+    for path in paths:
+        linear = structure.part(structure.layers(model)[1], path)
+        linear.register_forward_pre_hook(lambda module, inputs: ran.append(module))
+    with torch.no_grad(), masks.sliced(model, units, keep):
+        torch.testing.assert_close(model(input_ids=tokens).logits, expected, atol=1e-9, rtol=0)
+    fused = granularity == "heads" and row.fused_qkv  # goes through masks
+    assert bool(ran) == (not row.pre_norm or fused)
+
+
+def test_a_model_over_several_devices_is_refused(words):
+    model = tiny_model("llama")
+    model.model.layers[2].to("meta")
+    method = PolicyGradient(**QUICK)
+    with pytest.raises(ValueError, match="cpu and meta; the search needs the whole model on one device"):
+        method.choose(method.start(model, words, TEXT))

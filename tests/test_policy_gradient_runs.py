@@ -13,12 +13,15 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model, word_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sentei import data, structure
 from sentei.methods.policy_gradient import PolicyGradient, reward, search
@@ -32,9 +35,9 @@ QUICK = {
 METHOD = PolicyGradient(sparsity=0.3, **QUICK)
 
 
-def one_search(folder, model=None):
+def one_search(folder, model=None, **fields):
     workdir = None if folder is None else Path(folder)
-    method = METHOD if folder is None else dataclasses.replace(METHOD, log=f"{folder}.jsonl")
+    method = dataclasses.replace(METHOD, log=None if folder is None else f"{folder}.jsonl", **fields)
     return method.compress(model or tiny_model("llama"), word_tokenizer(), TEXT, workdir=workdir)
 
 
@@ -45,8 +48,27 @@ def logged(folder):
 
 def in_its_own_process(folder, result):
     torch.set_num_threads(1)
+    loss, calls = search.Search.loss, []
+    search.Search.loss = lambda self, keep_U, step: calls.append(step) or loss(self, keep_U, step)
     record = one_search(folder)
-    Path(result).write_text(json.dumps([record["kept"], [step["losses"] for step in record["history"]]]))
+    found = [record["kept"], [step["losses"] for step in record["history"]]]
+    Path(result).write_text(json.dumps({"found": found, "calls": len(calls)}))
+
+
+def saved_steps(folder):
+    """How many steps the state in a folder holds."""
+    file = folder / search.STATE
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as opened:
+        return len(json.loads(opened.metadata()["state"])["history"])
+
+
+def assert_same_state(folder, other):
+    """Every tensor of the search, to the bit."""
+    ours, theirs = load_file(folder / search.STATE), load_file(other / search.STATE)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def test_kill_minus_nine_at_twenty_moments(tmp_path):
@@ -67,23 +89,91 @@ def test_kill_minus_nine_at_twenty_moments(tmp_path):
     began = time.monotonic()
     run(tmp_path / "again", tmp_path / "again.json")
     took = time.monotonic() - began
-    moments, kills, attempts = random.Random(0), 0, 0
-    while kills < 20:
+    moments, kills, later, attempts = random.Random(0), 0, 0, 0
+    while kills < 20 or later < 5:
         attempts += 1
-        assert attempts < 80, f"only {kills} of {attempts} runs lived long enough to be killed"
+        assert attempts < 80, f"of {attempts} runs {kills} lived long enough to be killed, {later} had saved before"
         folder, result = tmp_path / str(attempts % 4), tmp_path / f"{attempts}.json"
+        before = saved_steps(folder)
         run(folder, result, moments.uniform(0.05, 0.7) * took)
         if result.exists():  # killed before, perhaps, and done now: start another
-            assert json.loads(result.read_text()) == whole
+            assert json.loads(result.read_text())["found"] == whole["found"]
             shutil.rmtree(folder)
         else:
             kills += 1
+            later += saved_steps(folder) > before  # killed after a save of its own
     for number in range(4):
-        result = tmp_path / f"resumed{number}.json"
+        result, begun = tmp_path / f"resumed{number}.json", saved_steps(tmp_path / str(number))
         run(tmp_path / str(number), result)
-        assert json.loads(result.read_text()) == whole
+        resumed = json.loads(result.read_text())
+        assert resumed["found"] == whole["found"]
+        assert (resumed["calls"] < whole["calls"]) == (begun > 0)  # what was saved is not measured again
+        assert_same_state(tmp_path / str(number), tmp_path / "whole")
         assert logged(tmp_path / str(number)) == logged(tmp_path / "whole")
     assert [line["step"] for line in logged(tmp_path / "whole")] == list(range(1, 10))
+
+
+def both_ranks(monkeypatch, folder, **fields):
+    """A search of two ranks as threads of this process, whose means meet at a barrier: rank -> record or exception."""
+    barrier, box, mine = threading.Barrier(2), {}, threading.local()
+
+    def meet(x, combine):
+        box[mine.rank] = x.clone()
+        barrier.wait()
+        together = combine(box[0], box[1])
+        barrier.wait()
+        return together
+
+    monkeypatch.setattr(
+        search,
+        "processes",
+        lambda: SimpleNamespace(process_index=mine.rank, num_processes=2, device=torch.device("cpu")),
+    )
+    monkeypatch.setattr(search, "reduce", lambda x, how: meet(x, lambda a, b: (a + b) / 2))
+    monkeypatch.setattr(search, "broadcast", lambda x: meet(x, lambda a, b: a.clone()))
+    records, models = {}, [tiny_model("llama"), tiny_model("llama")]  # one random generator: not made in the threads
+
+    def rank(number):
+        mine.rank = number
+        try:
+            records[number] = one_search(folder, models[number], **fields)
+        except BaseException as error:
+            records[number] = error
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(500)
+    return records
+
+
+def test_two_ranks_killed_and_resumed(tmp_path, monkeypatch):
+    """Also where each rank's losses are scaled by their spread: one number for both, and saved."""
+    fields = {"reward_scale": "std", "slope_sweeps": 0, "coarse_steps": 2, "steps": 6}
+    whole = both_ranks(monkeypatch, tmp_path / "whole", **fields)
+    assert whole[0]["kept"] == whole[1]["kept"]
+    for killed_after in (1, 5):
+        folder, saves = tmp_path / str(killed_after), []
+        with monkeypatch.context() as patched:
+            save = search.Search._save
+
+            def dies(self, levels, save=save, saves=saves, killed_after=killed_after):
+                save(self, levels)
+                saves.append(self.rank)
+                if saves.count(self.rank) == killed_after:
+                    raise KeyboardInterrupt
+
+            patched.setattr(search.Search, "_save", dies)
+            stopped = both_ranks(patched, folder, **fields)
+        assert all(isinstance(stopped[number], KeyboardInterrupt) for number in (0, 1))
+        assert saved_steps(folder) == killed_after
+        resumed = both_ranks(monkeypatch, folder, **fields)
+        for number in (0, 1):
+            assert resumed[number]["kept"] == whole[number]["kept"]
+        ours, theirs = ([step["losses"] for step in found[1]["history"]] for found in (resumed, whole))
+        assert ours[killed_after:] == theirs[killed_after:]
+        assert_same_state(folder, tmp_path / "whole")
 
 
 def test_two_processes_equal_the_same_masks_in_one(tmp_path, monkeypatch):
@@ -114,33 +204,7 @@ def test_two_processes_equal_the_same_masks_in_one(tmp_path, monkeypatch):
     assert found[0][0] == found[1][0] and found[0][1] == 2  # one mask
     assert found[0][2] != found[1][2]  # other batches and masks on each
 
-    barrier, box, mine = threading.Barrier(2), {}, threading.local()
-
-    def meet(x, combine):
-        box[mine.rank] = x.clone()
-        barrier.wait()
-        together = combine(box[0], box[1])
-        barrier.wait()
-        return together
-
-    monkeypatch.setattr(
-        search,
-        "processes",
-        lambda: SimpleNamespace(process_index=mine.rank, num_processes=2, device=torch.device("cpu")),
-    )
-    monkeypatch.setattr(search, "reduce", lambda x, how: meet(x, lambda a, b: (a + b) / 2))
-    monkeypatch.setattr(search, "broadcast", lambda x: meet(x, lambda a, b: a.clone()))
-    records, models = {}, [tiny_model("llama"), tiny_model("llama")]  # one random generator: not made in the threads
-
-    def rank(number):
-        mine.rank = number
-        records[number] = one_search(None, models[number])
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(500)
+    records = both_ranks(monkeypatch, None)
     for number in (0, 1):
         assert json.loads(json.dumps(records[number]["kept"])) == found[number][0]
         losses = [step["losses"] for step in records[number]["history"]]
@@ -171,16 +235,21 @@ def test_finish_cuts_the_best_mask_so_far(tmp_path, monkeypatch):
         finished.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path / "none")
 
 
+def command_line(tmp_path, fields):
+    """`sentei compress` of a tiny parent, which is made here."""
+    tiny_model("llama").save_pretrained(tmp_path / "parent")
+    word_tokenizer().save_pretrained(tmp_path / "parent")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} {WORDS * 9}"}) + "\n" for i in range(60)))
+    flags = [word for name, value in (QUICK | fields).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["compress", str(tmp_path / "parent"), "--method", "policy_gradient", "--sparsity", "0.3", *flags]
+    return [*command, "--data", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "small")]
+
+
 def test_finish_from_the_command_line(tmp_path, monkeypatch, capsys):
     """The state of the interrupted search is still there when the same command comes back with --finish."""
     from sentei.cli import main
 
-    tiny_model("llama").save_pretrained(tmp_path / "parent")
-    word_tokenizer().save_pretrained(tmp_path / "parent")
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} {WORDS * 9}"}) + "\n" for i in range(60)))
-    flags = [word for name, value in QUICK.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command = ["compress", str(tmp_path / "parent"), "--method", "policy_gradient", "--sparsity", "0.3", *flags]
-    command += ["--data", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "small")]
+    command = command_line(tmp_path, {})
     save, saves = search.Search._save, []
 
     def dies(self, levels):
@@ -214,8 +283,15 @@ def layer_one_is_a_burden(model, batch):
 def raises_later(model, batch):
     raises_later.calls += 1
     if raises_later.calls > 6:
-        raise KeyError("no such answer")
+        raise raises_later.error
     return 1.0
+
+
+raises_later.error = KeyError("no such answer")
+
+
+def never_a_number(model, batch):
+    return math.nan if len(batch.input_ids) == 2 else 1.0  # the held-out text comes in larger batches
 
 
 def needs_gradients(model, batch):
@@ -243,12 +319,28 @@ def test_a_reward_of_the_users_leads_the_search():
     assert widths[1] < 0.6 * min(widths[0], *widths[2:]), widths
 
 
-def test_a_reward_that_raises_keeps_the_state_and_its_traceback(tmp_path):
+@pytest.mark.parametrize("kind", [KeyError, ValueError, OSError, MemoryError])
+def test_a_reward_that_raises_keeps_the_state_and_its_traceback(tmp_path, monkeypatch, capsys, kind):
+    """Through the command line, which tells of wrong input in one line; of this the user must see where it failed."""
+    from sentei.cli import main
+
     raises_later.calls = 0
-    method = PolicyGradient(sparsity=0.3, reward=f"{__name__}:raises_later", **QUICK | {"save_every": 100})
-    with pytest.raises(KeyError, match="no such answer"):
-        method.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path)
-    assert (tmp_path / search.STATE).exists()
+    monkeypatch.setattr(raises_later, "error", kind("no such answer"))
+    flags = {"reward": f"{__name__}:raises_later", "save_every": 100, "slope_sweeps": 0}
+    with pytest.raises(Exception, match="no such answer" if kind is KeyError else "raises_later failed") as caught:
+        main(command_line(tmp_path, flags))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "raise raises_later.error" in shown and f"{kind.__name__}: " in shown
+    assert saved_steps(tmp_path / ".small.work") == 2
+    assert "--finish true" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_reward_that_is_never_a_number(tmp_path):
+    method = PolicyGradient(
+        sparsity=0.3, reward=f"{__name__}:never_a_number", **QUICK | {"slope_sweeps": 0, "coarse_steps": 30}
+    )
+    with pytest.raises(ValueError, match="never_a_number was not finite in 20 steps in a row: let it return a number"):
+        method.compress(tiny_model("llama"), word_tokenizer(), TEXT)
 
 
 @pytest.mark.parametrize(
@@ -265,16 +357,24 @@ def test_rewards_that_cannot_work(name, message):
         PolicyGradient(sparsity=0.3, reward=name, **QUICK).compress(tiny_model("llama"), word_tokenizer(), TEXT)
 
 
-def test_reward_rows(tmp_path):
+def test_reward_rows(tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"score": i / 40}) + "\n" for i in range(40)))
     method = PolicyGradient(
         sparsity=0.3, reward=f"{__name__}:rows_only", reward_data=str(file), **QUICK | {"slope_sweeps": 0}
     )
-    record = method.compress(tiny_model("llama"), word_tokenizer(), TEXT)
+    said = []
+    record = method.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path / "work", report=said.append)
     assert record["ties"] == len(record["history"])  # this reward cannot tell masks apart
+    assert any("in 8 of 8 steps all masks had the same reward" in event["message"] for event in said)
     search_rows, held = reward.examples(str(file))
     assert len(search_rows) + len(held) == 40 and not {r["score"] for r in search_rows} & {r["score"] for r in held}
+    with monkeypatch.context() as patched:
+        few = both_ranks(patched, None, reward=f"{__name__}:rows_only", reward_data=str(file), eval_samples=1)
+    assert "leaves 1 held-out rows to 2 processes" in str(few[0]) and isinstance(few[0], ValueError)
+    file.write_text("".join(json.dumps({"score": i / 41}) + "\n" for i in range(40)))
+    with pytest.raises(ValueError, match=r"another run \(reward rows differs\)"):
+        method.compress(tiny_model("llama"), word_tokenizer(), TEXT, workdir=tmp_path / "work")
     file.write_text('{"score": 1}\nnot json\n')
     with pytest.raises(ValueError, match="line 2"):
         reward.examples(str(file))
@@ -310,3 +410,39 @@ def test_built_in_rewards(tmp_path):
         sparsity=0.3, reward="choice_probability", reward_data=str(file), **QUICK | {"coarse_steps": 2, "steps": 0}
     )
     assert -1 < method.compress(model, tokenizer, TEXT)["best_loss"] < 0
+
+
+def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, capsys):
+    """Every stage and its data are checked as `sentei run --dry-run` does it, on a toy in place of the real model."""
+    from sentei.cli import main
+
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "parent")
+    word_tokenizer().save_pretrained(tmp_path / "parent")
+    rows = [
+        {"question": f"is {i} big", "choices": ["yes", "no"], "answer": i % 2, "text": f"{i} {WORDS}"}
+        for i in range(60)
+    ]
+    for part in ("train", "test"):
+        (tmp_path / f"pubmedqa-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    there = Path(__file__).parents[1] / "recipes" / "policy-gradient-task.yaml"
+    (tmp_path / "recipe.yaml").write_text(there.read_text().replace("model: smollm2", "model: parent"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
+    for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
+    assert "reward: choice_probability\n" in for_task and "reward: lm_loss\n" in for_loss
+    same = ("model: parent\n", "sparsity: 0.2\n", "coarse_steps: 100\n", "batch_size: 16\n", "granularity: channels\n")
+    assert all(line in stage for line in same for stage in (for_task, for_loss))
+    assert len(reward.examples("pubmedqa-train.jsonl")[0]) >= 16
+
+
+# --- what is seen ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_draws_the_loss_and_the_held_out_one():
+    from sentei.report import sections
+
+    history = one_search(None, slope_sweeps=0)["history"]
+    child = SimpleNamespace(label="small", steps=lambda: [{"stage": "policy_gradient"} | record for record in history])
+    drawn = sections.curves(SimpleNamespace(children=[child]))
+    assert "<figcaption>loss and held loss (dashed)</figcaption>" in drawn
+    assert drawn.index("held loss") < drawn.index("<figcaption>kept")

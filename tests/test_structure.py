@@ -215,6 +215,17 @@ def test_uniform_and_rounded():
         masks.select(score, units, masks.removal_target(units, 0.9), uniform=True, round_to=32)
 
 
+def test_uniform_heads_go_in_whole_steps():
+    units = structure.units(tiny_model("llama"), "heads")  # a step is a KV group of every layer
+    groups = len(units.of(0, "heads"))
+    step = int(units.cost_U[0]) * units.num_layers
+    score = torch.rand(len(units), generator=torch.Generator().manual_seed(3))
+    keep = masks.select(score, units, step, uniform=True)
+    assert {int(keep[units.of(layer, "heads")].sum()) for layer in range(4)} == {groups - 1}
+    with pytest.raises(ValueError, match=rf"nearest possible: {step / units.layer_parameters:.3f}"):
+        masks.select(score, units, step // 2, uniform=True)
+
+
 def test_unreachable_budgets():
     units = structure.units(tiny_model("llama"), "heads")
     with pytest.raises(ValueError, match="all heads together hold"):

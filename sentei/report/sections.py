@@ -32,7 +32,7 @@ NOT_CURVES = ("step", "steps", "progress", "seconds", "time", "elapsed", "eta", 
 NOT_CURVES += ("lora_tokens", "slice_tokens")
 FIRST_CURVES = ("loss", "perplexity", "ce", "kept", "reward", "lasso", "flips")
 # Drawn dashed beside the quantity they belong to.
-HELD_OUT = ("validation_", "eval_", "test_", "slice_", "wanted_")
+HELD_OUT = ("validation_", "eval_", "test_", "held_", "slice_", "wanted_")
 
 
 # ---------------------------------------------------------------------------------------------------------- quality

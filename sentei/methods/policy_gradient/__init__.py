@@ -26,8 +26,9 @@ Shape legend: U units, K samples, P pairs of (layer, kind).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,16 +38,34 @@ from sentei.methods.policy_gradient.estimate import ESTIMATORS
 from sentei.methods.policy_gradient.reward import BUILT_IN
 from sentei.methods.policy_gradient.search import Search
 from sentei.methods.structural import Run, Structural
+from sentei.train import processes
 
+T = TypeVar("T")
 INITS = ("wanda", "flap", "magnitude", "taylor", "block_influence", "random")
 
 # The authors' own settings (their scripts for 7B models): single channels, two separate budgets, no coarse level.
 PAPER: dict[str, Any] = {
-    "slope_sweeps": 0, "coarse_steps": 0, "steps": 15_000, "lr": 2e-3, "budget": "family", "channel_group": 1,
-    "compensate": "none", "calibration_seq_len": 1024, "eval_every": 1000, "save_every": 100,
+    "granularity": "heads+channels", "compensate": "none", "shape": "heterogeneous", "round_to": 1,
+    "calibration_samples": 128, "calibration_seq_len": 1024, "init": "wanda", "budget": "family",
+    "slope_sweeps": 0, "coarse_steps": 0, "steps": 15_000, "samples": 2, "estimator": "moving_average",
+    "baseline_window": 5, "lr": 2e-3, "batch_size": 8, "seq_len": 128, "phi_eps": 1e-7, "channel_group": 1,
+    "score_floor": 0.0, "reward": "lm_loss", "eval_every": 1000, "save_every": 100,
 }  # fmt: skip
 
 
+def with_presets(kind: type[T]) -> type[T]:
+    """Let `preset="paper"` stand for the settings in PAPER, of which any that is given still wins."""
+    init = kind.__init__
+
+    @functools.wraps(init)
+    def __init__(self: T, *values: Any, **fields: Any) -> None:
+        init(self, *values, **(PAPER if fields.get("preset") == "paper" else {}) | fields)
+
+    kind.__init__ = __init__
+    return kind
+
+
+@with_presets
 @dataclass(frozen=True)
 class PolicyGradient(Structural):
     """Learn which units to keep, from forward passes only."""
@@ -83,6 +102,9 @@ class PolicyGradient(Structural):
     batch_size: int = option(8, "blocks per forward", "authors' scripts")
     seq_len: int = option(128, "tokens per block", "authors' scripts")
     phi_eps: float = option(1e-7, "keeps phi finite at s = 0 and s = 1", "authors' code")
+    score_floor: float = option(
+        0.01, "lowest s while the search over units goes on, linearly to 0: a unit at 0 could not return", "[ours]"
+    )
     channel_group: int = option(32, "channels that share one bit in the search over units; 1 in the authors' code")
     reward: str = option(
         "lm_loss",
@@ -103,16 +125,10 @@ class PolicyGradient(Structural):
         False, "do not search on: cut the best mask that an interrupted search has saved", transient=True
     )
 
-    def __post_init__(self) -> None:
-        if self.preset not in ("ours", "paper"):
-            raise ValueError(f"preset is ours or paper; got {self.preset!r}")
-        if self.preset == "paper":
-            for name, value in PAPER.items():
-                if getattr(self, name) == self.__dataclass_fields__[name].default:
-                    object.__setattr__(self, name, value)
-
     def check(self) -> None:
         super().check()
+        if self.preset not in ("ours", "paper"):
+            raise ValueError(f"preset is ours or paper; got {self.preset!r}")
         for name, value, known in (("estimator", self.estimator, ESTIMATORS), ("init", self.resolved_init, INITS)):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
@@ -136,6 +152,13 @@ class PolicyGradient(Structural):
                 f"granularity={self.granularity}: {self.whole_units}+ goes before heads and channels, and "
                 f"layers then differ in width; got shape={self.shape}"
             )
+        if not 0 <= self.score_floor < 0.5:
+            raise ValueError(f"score_floor is a small probability, from 0 to below 0.5; got {self.score_floor}")
+        if self.shape == "uniform" and not self.steps:
+            raise ValueError(
+                "shape=uniform leaves no widths to search over: give steps, for example 200, to search which units stay"
+                " in each layer; or take method one_shot, which does not search"
+            )
         if self.whole and not self.steps:
             raise ValueError(f"{self.granularity} have no widths to search over: give steps, for example 200")
 
@@ -157,8 +180,10 @@ class PolicyGradient(Structural):
     def resolved_reward_scale(self) -> str:
         return ("none" if self.reward == "lm_loss" else "std") if self.reward_scale == "auto" else self.reward_scale
 
-    @torch.inference_mode()
     def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
-        search = Search(self, run)
-        keep_U = search.best_U() if search.remove > 0 else torch.ones(len(run.units), dtype=torch.bool)
+        if processes().num_processes > 1:  # each on a device of its own, where the cut model then stays
+            run.model.to(torch.device(processes().device))  # pyright: ignore[reportArgumentType]
+        with torch.inference_mode():
+            search = Search(self, run)
+            keep_U = search.best_U() if search.remove > 0 else torch.ones(len(run.units), dtype=torch.bool)
         return keep_U, search.account()

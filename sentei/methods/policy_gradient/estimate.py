@@ -20,16 +20,19 @@ def sigmap(metric: Tensor, ratio: float) -> Tensor:
     return (s + ratio - s.mean()).clamp(0, 1)
 
 
-def project(z: Tensor, weight: Tensor, budget: float) -> Tensor:
-    """The point nearest to z with 0 <= s <= 1 and sum(weight * s) <= budget.
+def project(z: Tensor, weight: Tensor, budget: float, floor: float = 0.0) -> Tensor:
+    """The point nearest to z with floor <= s <= 1 and sum(weight * s) <= budget.
 
-    It is clip(z - v weight, 0, 1) with v = 0 if that fits, else the v > 0 that spends the budget exactly: bisection,
-    then a closed form on the coordinates strictly inside.
+    It is clip(z - v weight, floor, 1) with v = 0 if that fits, else the v > 0 that spends the budget exactly:
+    bisection, then a closed form on the coordinates strictly inside.
 
     Args:
         z, weight: [n] float64; weight positive.
-        budget: in units of weight.
+        budget: in units of weight; at least the floor's own.
     """
+    if floor:  # s = floor + (1 - floor) t, and t has no floor
+        inner = (budget - floor * float(weight.sum())) / (1 - floor)
+        return floor + (1 - floor) * project((z - floor) / (1 - floor), weight, inner)
     scale = weight.mean()
     w, budget = weight / scale, budget / float(scale)
 
@@ -38,10 +41,7 @@ def project(z: Tensor, weight: Tensor, budget: float) -> Tensor:
 
     if spent(0.0) <= budget:
         return z.clamp(0, 1)
-    low, high = 0.0, float((z / w).max())
-    for _ in range(64):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+    low, high = _bracket(z, w, budget)
     y = z - high * w
     inside, full = (y > 0) & (y < 1), y >= 1
     if inside.any():
@@ -49,6 +49,39 @@ def project(z: Tensor, weight: Tensor, budget: float) -> Tensor:
         if low <= v and spent(v) <= budget:
             return (z - v * w).clamp(0, 1)
     return y.clamp(0, 1)
+
+
+def _bracket(z: Tensor, w: Tensor, budget: float) -> tuple[float, float]:
+    """The v of `project` between two neighbouring numbers, by 64 halvings.
+
+    What sum(w clip(z - v w, 0, 1)) owes to coordinates that stay at 1, at 0 or strictly inside for every v between the
+    bounds is `constant - v * slope`. Of many coordinates these are settled as the bounds close in, so that the sum is
+    taken over all of them a few times only.
+    """
+    low, high = 0.0, float((z / w).max())
+    constant = slope = 0.0
+    for halving in range(64):
+        middle = 0.5 * (low + high)
+        over = constant - middle * slope + float((w * (z - middle * w).clamp(0, 1)).sum()) > budget
+        low, high = (middle, high) if over else (low, middle)
+        if halving % 4 == 3 and len(z) > 4096:
+            most, least = z - low * w, z - high * w
+            full, inside = least >= 1, (least >= 0) & (most <= 1)
+            constant += float(w[full].sum() + (w * z)[inside & ~full].sum())
+            slope += float(w[inside & ~full].square().sum())
+            open_ = ~full & ~inside & (most > 0)
+            z, w = z[open_], w[open_]
+    return low, high
+
+
+def shift(z: Tensor, weight: Tensor, budget: float) -> Tensor:
+    """clip(z + v, 0, 1) with the v that spends the budget: sum(weight * s) = budget, and nothing changes places."""
+    low, high = float(-z.max()), float(1 - z.min())  # everything at 0, everything at 1
+    for _ in range(64):
+        middle = 0.5 * (low + high)
+        over = float((weight * (z + middle).clamp(0, 1)).sum()) > budget
+        low, high = (low, middle) if over else (middle, high)
+    return (z + low).clamp(0, 1)
 
 
 def estimate(

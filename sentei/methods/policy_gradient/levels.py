@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sentei import masks, structure
-from sentei.methods.policy_gradient.estimate import estimate, project, sigmap, uniform
+from sentei.methods.policy_gradient.estimate import estimate, project, shift, sigmap, uniform
 
 if TYPE_CHECKING:
     from sentei.methods.policy_gradient.search import Search
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FAR = (1.0, 0.5, 0.25)  # how much of the way to the allocation that slopes propose is tried
 FLOOR = 0.3  # of the mean slope per parameter
+UNDECIDED = 0.1  # the search over units begins with this part of a layer, on either side of its border, between 0 and 1
 
 
 class Level(Protocol):
@@ -93,13 +94,7 @@ class Allocation:
             inside = group & free_P & self.alive_P
             if not inside.any():
                 continue
-            w, f = self.weight_P[inside], fraction_P[inside]
-            low, high = float(-f.max()), float(1 - f.min())  # everything at 0, everything at 1
-            for _ in range(64):
-                middle = 0.5 * (low + high)
-                over = float((w * (f + middle).clamp(0, 1)).sum()) > budget
-                low, high = (low, middle) if over else (middle, high)
-            out_P[inside] = (f + low).clamp(0, 1)
+            out_P[inside] = shift(fraction_P[inside], self.weight_P[inside], budget)
         return out_P
 
     def budgets(self) -> list[Tensor]:
@@ -140,7 +135,8 @@ class Drops:
         self.counts = sorted(count for count in counts if count < len(self.groups))
         layers = search.units.num_layers
         below = [int(allocation.layer_P[group].min()) for group in self.groups]
-        self.forwards = 1 + sum(layers - layer for layer in below) / layers + len(self.counts)
+        self.sweep = 1 + sum(layers - layer for layer in below) / layers
+        self.forwards = self.sweep + len(self.counts)
         self.order: list[int] = []
 
     def measure(self, step: int, turn: int) -> list[float]:
@@ -158,14 +154,13 @@ class Drops:
         rise = torch.tensor([loss - losses[0] for loss in losses[1:]], dtype=torch.double)
         rise /= torch.tensor([float(allocation.weight_P[group].sum()) for group in self.groups])
         self.order = search.mean(torch.where(torch.isfinite(rise), rise, math.inf)).argsort(stable=True).tolist()
+        self.counts = [count for count in self.counts if self._affordable(self._alive(count))]
+        self.forwards = self.sweep + len(self.counts)
         return losses + [self._judged(count, -1 - turn) for count in self.counts]
 
     def _judged(self, count: int, turn: int) -> float:
         before_P = self.allocation.alive_P.clone()
-        alive_P = self._alive(count)
-        if not self._affordable(alive_P):
-            return math.inf
-        self.allocation.alive_P.copy_(alive_P)
+        self.allocation.alive_P.copy_(self._alive(count))
         try:
             return self.search.loss(self.allocation.keep(self._shared_out()), turn)
         finally:
@@ -363,26 +358,48 @@ class Bits:
         metric = torch.zeros(count, dtype=torch.double).index_add(0, self.bit_U, search.metric_U.double()) / size
         self.kind, self.layer = units.kind_U[self.first], units.layer_U[self.first]
         ratio = 1 - search.remove / units.total
-        s = torch.zeros(count, dtype=torch.double)
+        self.s = torch.zeros(count, dtype=torch.double)
         everything = [torch.ones(count, dtype=torch.bool)]
         for group in everything if self.method.whole else self._groups():  # one unit a layer has no spread of its own
-            s[group] = sigmap(metric[group], ratio)
-        self.s = self._within_budget(s)
+            self.s[group] = sigmap(metric[group], ratio)
+        self.budgets = self._budgets(ratio)
+        self.s = self._within_budget(self.s)
         self.baseline = torch.full((1,), math.nan, dtype=torch.double)
         self.spread = torch.zeros(1, dtype=torch.double)  # of the losses of one batch's masks, running mean
 
     def _groups(self) -> list[Tensor]:
+        """[bits] bool for each pair of layer and kind."""
         key = self.layer * len(structure.KINDS) + self.kind
         return [key == value for value in key.unique()]
 
+    def _budgets(self, ratio: float) -> list[tuple[Tensor, float]]:
+        """Which bits share a budget, [bits] bool, and how many parameters it is."""
+        if self.method.shape == "uniform":  # all layers end alike: each keeps, of each kind, what whole units allow
+            kept_U = self.search.units.cost_U.double() * self.hard()
+            kept = torch.zeros_like(self.s).index_add(0, self.bit_U, kept_U)
+            return [(group, float(kept[group].sum())) for group in self._groups()]
+        if self.method.budget == "global":
+            return [(torch.ones_like(self.kind, dtype=torch.bool), ratio * float(self.weight.sum()))]
+        groups = [self.kind == kind for kind in self.kind.unique()]
+        return [(group, ratio * float(self.weight[group].sum())) for group in groups]
+
     def start_from_allocation(self) -> None:
-        """Every layer's probabilities get the mean that the coarse levels found for it."""
+        """Begin where the coarse levels ended: the units on the border of a layer are open, all others decided.
+
+        A unit at the border has s = 1/2 in every layer, and s rises by the same slope towards the better ones, so that
+        the units with the highest s are the allocation's.
+        """
         assert self.allocation is not None
-        fractions = self._per_group(self.allocation.fraction_P).tolist()
-        for group, fraction in zip(self._groups(), fractions, strict=True):
-            metric = -self.allocation.rank_U[self.first][group]
-            self.s[group] = sigmap(metric, fraction)
-        self.s.copy_(self._within_budget(self.s))
+        rank = torch.zeros_like(self.s).index_add(0, self.bit_U, self.allocation.rank_U) / self.bit_U.bincount()
+        fraction = torch.zeros_like(self.s)
+        for group, its in zip(self._groups(), self._per_group(self.allocation.fraction_P).tolist(), strict=True):
+            fraction[group] = its
+        z = 0.5 + 0.5 * (fraction - rank) / UNDECIDED
+        self.s.zero_()
+        for group, budget in self.budgets:
+            inside = group & ~self._dropped()
+            if inside.any():
+                self.s[inside] = shift(z[inside], self.weight[inside], budget)
 
     def _per_group(self, x_P: Tensor) -> Tensor:
         assert self.allocation is not None
@@ -396,15 +413,13 @@ class Bits:
                 dropped[group] = not alive
         return dropped
 
-    def _within_budget(self, z: Tensor) -> Tensor:
-        share = 1 - self.search.remove / self.search.units.total
-        z = torch.where(self._dropped(), -1e6, z)  # to 0, whatever is shared out
-        if self.method.budget == "global":
-            return project(z, self.weight, share * float(self.weight.sum()))
-        out = z.clone()
-        for kind in self.kind.unique():
-            inside = self.kind == kind
-            out[inside] = project(z[inside], self.weight[inside], share * float(self.weight[inside].sum()))
+    def _within_budget(self, z: Tensor, floor: float = 0.0) -> Tensor:
+        out, alive = torch.zeros_like(z), ~self._dropped()
+        for group, budget in self.budgets:
+            inside = group & alive
+            if inside.any():
+                weight = self.weight[inside]
+                out[inside] = project(z[inside], weight, budget, min(floor, 0.5 * budget / float(weight.sum())))
         return out
 
     def _bits(self, step: int) -> Tensor:
@@ -433,6 +448,7 @@ class Bits:
                 self.baseline.fill_(mean)
             self.baseline.mul_(1 - 1 / window).add_(mean / window)  # updated before it is used, as in the authors' code
         spread = float(finite_K.std()) if len(finite_K) > 1 else 0.0
+        spread = float(self.search.mean(torch.tensor([spread], dtype=torch.double)))
         self.spread.mul_(0.99).add_(0.01 * spread) if float(self.spread) else self.spread.fill_(spread)
         scale = 1.0  # a reward of any size moves s as far as a loss whose masks differ by 0.1 nats
         if method.resolved_reward_scale == "std" and float(self.spread):
@@ -443,11 +459,13 @@ class Bits:
             method.baseline_window, method.phi_eps,
         ) if len(finite_K) else torch.zeros_like(self.s)  # fmt: skip
         lr = (method.lr or 30 / self.steps) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        self.s.copy_(self._within_budget(self.s - lr * self.search.mean(g)))
-        kept = float((self.s * self.weight).sum() / self.weight.sum())
-        undecided = float((4 * self.s * (1 - self.s)).mean())
+        floor = method.score_floor * (1 - (step + 1) / self.steps)
+        self.s.copy_(self._within_budget(self.s - lr * self.search.mean(g), floor))
         return {
-            "lr": lr, "baseline": float(self.baseline), "kept": kept, "undecided": undecided, "mask_spread": spread,
+            "lr": lr, "baseline": float(self.baseline), "mask_spread": spread,
+            "kept": float((self.s * self.weight).sum() / self.weight.sum()),
+            "undecided": float((4 * self.s * (1 - self.s)).mean()),
+            "at_floor": int((self.s <= floor).sum()), "at_one": int((self.s == 1).sum()),
         }  # fmt: skip
 
     def hard(self) -> Tensor:

@@ -56,7 +56,9 @@ class Reward:
         """-value, to be minimised.
 
         Raises:
-            ValueError: not a number, or the function needs gradients. What else the function raises passes through.
+            ValueError: not a number, or the function needs gradients; of a built-in reward, rows it cannot score.
+            RuntimeError: from what a command line takes for wrong input, which in a function of the user's is a fault
+                that they must see with its traceback. What else the function raises passes through.
         """
         try:
             value = self.function(model, batch)
@@ -64,6 +66,10 @@ class Reward:
             if "require grad" in str(error) or "nference tensor" in str(error):
                 raise ValueError(f"reward {self.name}: reward functions run forward only ({error})") from error
             raise
+        except (ValueError, OSError, MemoryError) as error:
+            if self.name in BUILT_IN and isinstance(error, ValueError):
+                raise
+            raise RuntimeError(f"reward {self.name} failed") from error
         try:
             return -float(value)
         except (TypeError, ValueError):

@@ -6,17 +6,19 @@ the levels, a handful of numbers. Every process then holds the same scores and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast, reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sentei import importance, masks
 from sentei.methods import settings
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from sentei.methods.policy_gradient import PolicyGradient
 
 STATE = "search.safetensors"
+PATIENCE = 20  # steps in a row without a finite loss, until the search gives up
 
 
 class Search:
@@ -39,6 +42,7 @@ class Search:
         self.method, self.run, self.units, self.folder = method, run, run.units, run.workdir
         self.processes = processes()
         self.rank, self.ranks = self.processes.process_index, self.processes.num_processes
+        _refuse_several_devices(run.model)
         self.remove = masks.removal_target(run.units, method.sparsity)
         self.reward = None if method.reward == "lm_loss" else Reward(method.reward)
         self._read_data()
@@ -48,7 +52,9 @@ class Search:
             self.fill = {key: self._shared(fill_W) for key, fill_W in run.fill.items()}
         self.history: list[dict[str, Any]] = []
         self.log = StepLog(None if self.rank else method.log)
-        self.numbers: dict[str, Any] = {"level": 0, "step": 0, "forwards": 0, "skipped": 0, "ties": 0}
+        self.numbers: dict[str, Any] = {
+            "level": 0, "step": 0, "forwards": 0, "skipped": 0, "ties": 0, "evaluations": 0, "held_forwards": 0,
+        }  # fmt: skip
         self.best: dict[str, Tensor] = {"keep": torch.ones(len(self.units), dtype=torch.bool)}
 
     def _read_data(self) -> None:
@@ -64,6 +70,11 @@ class Search:
                 raise ValueError(
                     f"reward_data has {len(rows)} rows to search on, {self.ranks} processes need a batch of {size} each"
                 )
+            if len(self.held_rows) < self.ranks:
+                raise ValueError(
+                    f"reward_data leaves {len(self.held_rows)} held-out rows to {self.ranks} processes, each of which "
+                    "needs one; give more rows or a larger eval_samples"
+                )
             self.batches: tuple[Tensor, ...] = ()
             return
         run.blocks(max(2, self.ranks) * method.batch_size, method.seq_len)  # refuses too little text
@@ -75,7 +86,9 @@ class Search:
 
     def account(self) -> dict[str, Any]:
         """What the record says of the search."""
-        names = ("start_loss", "best_loss", "best_step", "forwards", "skipped", "ties")
+        names = (
+            "start_loss", "best_loss", "best_step", "forwards", "evaluations", "held_forwards", "skipped", "ties",
+        )  # fmt: skip
         found = {name: self.numbers.get(name) for name in names}
         return found | {"improved": bool(found["best_step"]), "processes": self.ranks, "history": self.history}
 
@@ -98,44 +111,92 @@ class Search:
             if method.finish:
                 break
             level = levels[number]
-            if number and level is bits and not self.numbers["step"] and allocation is not None:
-                bits.start_from_allocation()
+            if level is bits and not self.numbers["step"]:
+                if number and allocation is not None:
+                    bits.start_from_allocation()
+                self._say_what_is_absorbed(bits)
             self._climb(level, levels, sum(before.steps for before in levels[:number]))
             self.numbers |= {"level": number + 1, "step": 0}
         return self.best["keep"] if method.keep_best or method.finish else levels[-1].hard()
 
     def _climb(self, level: Level, levels: list[Level], offset: int) -> None:
-        method, numbers, total = self.method, self.numbers, sum(each.steps for each in levels)
-        broken = 0
-        for step in range(numbers["step"], level.steps):
-            began = time.monotonic()
+        total, broken = sum(each.steps for each in levels), 0
+        for step in range(self.numbers["step"], level.steps):
+            before = self._state(levels)
             try:
-                losses = level.measure(step, offset + step)
-            except Exception:
-                self._save(levels)  # a reward of the user's may raise after hours: nothing before this step is lost
+                finite = self._step(level, levels, step, offset, total)
+            except (Exception, KeyboardInterrupt):
+                # A reward of the user's may raise after hours, or they may stop it: nothing before this step is lost.
+                if self._write(before):
+                    self._tell(
+                        f"stopped in step {offset + step + 1} of {total}, {self.folder} keeps the search: the same "
+                        "command goes on from here; with --finish true it cuts the best mask so far"
+                    )
                 raise
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            numbers["forwards"] += level.forwards
-            numbers["skipped"] += len(losses) - len(finite)
-            numbers["ties"] += len(finite) > 1 and len(set(finite)) == 1
-            broken = 0 if finite else broken + 1
-            if broken == 20:
-                raise ValueError("the loss was not finite in 20 steps in a row: try --dtype float32")
-            shown = [loss if math.isfinite(loss) else None for loss in losses]  # JSON knows no NaN
-            record: dict[str, Any] = {"step": offset + step + 1, "losses": shown}
-            record |= level.update(losses, step)
-            numbers["step"] = step + 1
-            last = step + 1 == level.steps
-            if last or (step + 1) % method.eval_every == 0 or level.evaluate_always:
-                held_loss = self._evaluate(level.hard(), offset + step + 1)
-                record["held_loss"] = held_loss if math.isfinite(held_loss) else None
-            record["seconds"] = time.monotonic() - began
-            self.history.append(record)
-            self.log.write(record)
-            if last or (step + 1) % method.save_every == 0:
+            anywhere = float(self.mean(torch.tensor([finite], dtype=torch.double)))
+            broken = 0 if anywhere else broken + 1
+            if broken == PATIENCE:
                 self._save(levels)
-            message = f"loss {finite[0]:.3f}, best held-out {numbers['best_loss']:.3f}" if finite else "loss not finite"
-            self.run.tick(f"searching: {message}", offset + step + 1, total)
+                raise ValueError(f"{self._not_finite()} in {PATIENCE} steps in a row: {self._advice()}")
+            if step + 1 == level.steps or (step + 1) % self.method.save_every == 0:
+                self._save(levels)
+
+    def _step(self, level: Level, levels: list[Level], step: int, offset: int, total: int) -> int:
+        """One step of a level; returns how many of its losses were finite."""
+        numbers, began, turn = self.numbers, time.monotonic(), offset + step
+        losses = level.measure(step, turn)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        numbers["forwards"] += level.forwards
+        numbers["skipped"] += len(losses) - len(finite)
+        numbers["ties"] += len(finite) > 1 and len(set(finite)) == 1
+        record: dict[str, Any] = {"step": turn + 1, "losses": losses}
+        record["loss"] = sum(finite) / len(finite) if finite else math.nan
+        record |= level.update(losses, step)
+        numbers["step"] = step + 1
+        if step + 1 == level.steps or (step + 1) % self.method.eval_every == 0 or level.evaluate_always:
+            record["held_loss"] = self._evaluate(level.hard(), turn + 1)
+        record["seconds"] = time.monotonic() - began
+        record = _without_nan(record)
+        self.history.append(record)
+        self.log.write(record)
+        if turn + 1 in (20, total) and numbers["ties"] > 0.5 * (turn + 1):
+            self._tell(
+                f"in {numbers['ties']} of {turn + 1} steps all masks had the same reward, which tells nothing: enlarge "
+                f"batch_size (now {self.method.batch_size}), or reward something finer"
+            )
+        self.run.tick(f"searching: {self._in_words(record)}", turn + 1, total)
+        return len(finite)
+
+    def _in_words(self, record: dict[str, Any]) -> str:
+        """Of a step: loss, baseline, parameters kept, best held-out loss, samples skipped."""
+        numbers, units = self.numbers, self.units
+        words = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.3f}"]
+        if record.get("baseline") is not None:
+            words.append(f"baseline {record['baseline']:.3f}")
+        words.append(f"best held-out {numbers['best_loss']:.3f}")
+        kept = record.get("kept", 1 - self.remove / units.total) * units.total + units.layer_parameters - units.total
+        words.append(f"keeps {kept / 1e6:,.4g} M of {units.layer_parameters / 1e6:,.4g} M parameters")
+        if numbers["skipped"]:
+            words.append(f"{numbers['skipped']} losses skipped")
+        return ", ".join(words)
+
+    def _tell(self, what: str) -> None:
+        if self.run.report is not None and not self.rank:
+            self.run.report({"message": what})
+
+    def _say_what_is_absorbed(self, bits: Bits) -> None:
+        count = int((bits.s == 0).sum())
+        if count and not self.method.score_floor:
+            self._tell(
+                f"{count:,} of {len(bits.s):,} probabilities start at 0 and cannot rise; with score_floor, for example "
+                "0.01, they can"
+            )
+
+    def _not_finite(self) -> str:
+        return "the loss was not finite" if self.reward is None else f"reward {self.reward.name} was not finite"
+
+    def _advice(self) -> str:
+        return "try --dtype float32" if self.reward is None else "let it return a number for every model"
 
     # --- what is measured --------------------------------------------------------------------------------------------
 
@@ -160,10 +221,17 @@ class Search:
         return self._of_step(self.batches, step)
 
     def _of_step(self, batches: Any, step: int) -> Any:
+        """This process's batch of a step; of step -1 - n one that step n does not see, if there are two."""
+        place = self._place(step, len(batches))
+        if step < 0 and place == self._place(-1 - step, len(batches)):
+            place = self._place(step, len(batches), after=1)
+        return batches[place]
+
+    def _place(self, step: int, count: int, after: int = 0) -> int:
+        """Which of `count` batches this process takes in a step, or the one `after` it in the same permutation."""
         turn = step * self.ranks + self.rank
-        generator = torch.Generator().manual_seed(mix(self.method.seed, turn // len(batches)))
-        order = torch.randperm(len(batches), generator=generator)
-        return batches[int(order[turn % len(batches)])]
+        generator = torch.Generator().manual_seed(mix(self.method.seed, turn // count))
+        return int(torch.randperm(count, generator=generator)[(turn + after) % count])
 
     def _reward_loss(self, keep_U: Tensor, batch: Any) -> float:
         assert self.reward is not None
@@ -178,11 +246,12 @@ class Search:
 
     def _evaluate(self, keep_U: Tensor, step: int) -> float:
         loss = self.mean(torch.tensor([self._held_loss(keep_U)], dtype=torch.double)).item()
+        self.numbers["evaluations"] += 1
+        held = self.held_rows if self.method.reward_data is not None else self.held
+        self.numbers["held_forwards"] += math.ceil(len(held) / self.method.batch_size)
         if "best_loss" not in self.numbers:
             if not math.isfinite(loss):
-                raise ValueError(
-                    "the start's loss on held-out text is not finite; try --dtype float32 or less sparsity"
-                )
+                raise ValueError(f"{self._not_finite()} for the start, on what is held out: {self._advice()}")
             self.numbers["best_loss"] = math.inf
         if loss < self.numbers["best_loss"]:
             self.numbers |= {"best_loss": loss, "best_step": step}
@@ -231,25 +300,43 @@ class Search:
 
     # --- saved state -------------------------------------------------------------------------------------------------
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
+        """What a state belongs to."""
+        rows = json.dumps([self.rows, self.held_rows], sort_keys=True)
         identity = {
             "fields": settings(self.method),
+            "text": self.run.text.sha256,
+            "reward_rows": hashlib.sha256(rows.encode()).hexdigest(),
+            "weights": _checksum(self.run.model),
             "units": len(self.units),
             "parameters": self.units.layer_parameters,
+            "processes": self.ranks,
         }
-        return json.loads(json.dumps(identity | {"processes": self.ranks}))
+        return json.loads(json.dumps(identity))
+
+    def _state(self, levels: list[Level]) -> dict[str, Any]:
+        """A copy of all that a search goes on from. Of the history only its length: it grows at its end alone."""
+        if self.folder is None or self.rank:
+            return {}
+        tensors = {f"{i}.{name}": x.clone() for i, level in enumerate(levels) for name, x in level.tensors().items()}
+        tensors["best"] = self.best["keep"].clone()
+        return {"tensors": tensors, "numbers": dict(self.numbers), "history": len(self.history)}
 
     def _save(self, levels: list[Level]) -> None:
+        self._write(self._state(levels))
+
+    def _write(self, state: dict[str, Any]) -> bool:
         """One file, written beside the old one and moved over it: a kill at any moment leaves a whole state."""
         if self.folder is None or self.rank:
-            return
-        tensors = {f"{i}.{name}": x for i, level in enumerate(levels) for name, x in level.tensors().items()}
-        tensors["best"] = self.best["keep"]
+            return False
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"identity": self._identity(), "numbers": self.numbers, "history": self.history})
+        account = {"numbers": state["numbers"], "history": self.history[: state["history"]]}
+        text = json.dumps({"identity": self._identity} | account)
         temporary = self.folder / "search.tmp"
-        save_file({name: x.clone().contiguous() for name, x in tensors.items()}, temporary, metadata={"state": text})
+        save_file({name: x.contiguous() for name, x in state["tensors"].items()}, temporary, metadata={"state": text})
         temporary.replace(self.folder / STATE)
+        return True
 
     def _resume(self, levels: list[Level]) -> None:
         file = None if self.folder is None else self.folder / STATE
@@ -259,12 +346,12 @@ class Search:
             return
         with safe_open(file, "pt") as opened:
             state = json.loads(opened.metadata()["state"])
-        ours, theirs = self._identity(), state["identity"]
+        ours, theirs = self._identity, state["identity"]
         if theirs != ours:
             differs = [key for key in ours["fields"] if theirs["fields"].get(key) != ours["fields"][key]]
-            differs += [key for key in ("processes",) if theirs.get(key) != ours[key]]
+            differs += [key for key in ours if key != "fields" and theirs.get(key) != ours[key]]
             raise ValueError(
-                f"{file} belongs to another run ({', '.join(differs) or 'another model'} differs); "
+                f"{file} belongs to another run ({', '.join(differs).replace('_', ' ')} differs); "
                 "delete it to start afresh"
             )
         tensors = load_file(file)
@@ -273,3 +360,33 @@ class Search:
         for i, level in enumerate(levels):
             for name, x in level.tensors().items():
                 x.copy_(tensors[f"{i}.{name}"])
+
+
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN."""
+
+    def finite(x: Any) -> Any:
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return {
+        name: [finite(each) for each in value] if isinstance(value, list) else finite(value)
+        for name, value in record.items()
+    }
+
+
+def _checksum(model: nn.Module) -> str:
+    """Of some numbers of every weight: quick for any size, and another training or dtype changes it."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _refuse_several_devices(model: nn.Module) -> None:
+    devices = sorted({str(weight.device) for weight in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(
+            f"the weights are on {' and '.join(devices)}; the search needs the whole model on one device. Load it "
+            "without device_map, in bfloat16 if it is too large, or on the CPU"
+        )
