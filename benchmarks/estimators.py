@@ -3,12 +3,17 @@
     python benchmarks/estimators.py --out results/estimators-smollm2.json --forwards 120 --sparsity 0.3 0.5 --seeds 3
     python benchmarks/estimators.py --out results/estimators-smollm2.json --markdown
 
-A row is one way to spend `--forwards` forward passes of 1,024 tokens. All start from the same scores, fill in the means
-of dropped units and are judged by the perplexity of the resulting mask on held-out calibration text, with the means and
-after the least-squares refit. Rows are appended as they are made; a second run makes the missing ones.
+A row is one way to spend `--forwards` forward passes of 1,024 tokens; evaluations on the validation text, by which each
+way picks the best mask it has seen, come on top and are counted beside them. Way and rival are given the same number of
+both, and new text in every step. All fill in the means of dropped units and have the same initial scores, the order of
+units inside a layer. Slopes, random directions and random search begin at equal fractions in all layers; the ways over
+units, and Bonsai, at the paper's start, which turns the scores of a layer into probabilities. Each is judged by the
+perplexity of its mask on the test part of the text, which none of them has seen, with the means and after the
+least-squares refit. Rows are appended as they are made; a second run makes the missing ones.
 
 "bonsai" is written from the idea of arXiv 2402.05406: losses of random sub-models, drawn by the prior scores, are
-regressed on which units they held, and units with the largest coefficients stay.
+regressed on which units they held, and units with the largest coefficients stay. "random search" sends a perturbed mask
+against the best one so far, both on the same new batch.
 """
 
 from __future__ import annotations
@@ -63,13 +68,15 @@ def ways(forwards: int, layers: int, kinds: int) -> dict[str, dict[str, Any] | s
 def main() -> None:
     args = arguments()
     out = Path(args.out)
-    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    table: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": []}
     if args.markdown:
         print(markdown(table))
         return
+    if any("evaluations" not in row for row in table["rows"]):
+        raise SystemExit(f"{out} holds rows of an earlier form, judged on other text; give another --out")
     model, tokenizer = checkpoint.load(args.model)
     text = data.load(args.data)
-    held = data.blocks(text.validation, tokenizer, 128, seed=1)[:32]
+    unseen = data.blocks(text.test, tokenizer, 128, seed=1)[:32]
     table |= {"model": Path(args.model).name, "text": Path(args.data).name, "forward": [args.batch, 128]}
     made = {(row["way"], row["sparsity"], row["seed"], row["asked_forwards"]) for row in table["rows"]}
     layers, kinds = model.config.num_hidden_layers, len(args.granularity.split("+"))
@@ -80,64 +87,77 @@ def main() -> None:
             for seed in range(args.seeds):
                 if (way, sparsity, seed, args.forwards) in made:
                     continue
+                searched: dict[str, Any] = NOTHING | (fields if isinstance(fields, dict) else {})
                 method = PolicyGradient(
                     sparsity=sparsity, granularity=args.granularity, compensate="mean", seed=seed,
-                    calibration_samples=args.calibration, batch_size=args.batch,
-                    **NOTHING | (fields if isinstance(fields, dict) else {}),
+                    calibration_samples=args.calibration, batch_size=args.batch, **searched,
                 )  # fmt: skip
                 began = time.monotonic()
                 run = method.start(model, tokenizer, text)
                 if isinstance(fields, str):
-                    keep_U, account = RIVALS[fields](method, run, args.forwards), {"forwards": args.forwards}
+                    keep_U, account = RIVALS[fields](method, run, args.forwards)
                 else:
                     keep_U, account = method.choose(run)
                 seconds = time.monotonic() - began
                 row: dict[str, Any] = {"way": way, "sparsity": sparsity, "seed": seed, "asked_forwards": args.forwards}
-                row |= {"forwards": account.get("forwards"), "seconds": seconds, "perplexity": {}}
+                row |= {name: account[name] for name in ("forwards", "evaluations", "held_forwards")}
+                row |= {"seconds": seconds, "perplexity": {}}
                 for compensation in ("mean", "least-squares"):
                     attempt = replace(method, compensate=compensation)
                     again = attempt.start(copy.deepcopy(model), tokenizer, text)
                     attempt.cut(again, keep_U)
-                    row["perplexity"][compensation] = math.exp(again.mean_loss(held))
+                    row["perplexity"][compensation] = math.exp(again.mean_loss(unseen))
                 table["rows"].append(row)
                 write(out, table)
                 print(json.dumps(row), flush=True)
 
 
 @torch.inference_mode()
-def random_search(method: PolicyGradient, run: Any, forwards: int) -> Tensor:
-    """Perturbed starts, repaired to the budget; the one with the lowest loss on one and the same batch wins."""
+def random_search(method: PolicyGradient, run: Any, forwards: int) -> tuple[Tensor, dict[str, Any]]:
+    """Perturbed masks, repaired to the budget, each against the best one so far on a new batch."""
     search = Search(method, run)
     allocation = Allocation(search)
     generator = torch.Generator().manual_seed(method.seed)
-    best, lowest = allocation.hard(), math.inf
-    for trial in range(forwards):
-        shift_P = torch.randn(len(allocation.pairs), generator=generator).double() * (0.1 if trial else 0.0)
-        keep_U = allocation.keep(allocation.within_budget(allocation.fraction_P + shift_P))
-        loss = search.loss(keep_U, 0)
-        if loss < lowest:
-            best, lowest = keep_U, loss
-    return best
+    fraction_P = allocation.fraction_P
+    search._evaluate(allocation.keep(fraction_P), 0)
+    for turn in range(forwards // 2):
+        shift_P = 0.1 * torch.randn(len(allocation.pairs), generator=generator).double()
+        other_P = allocation.within_budget(fraction_P + shift_P)
+        if search.loss(allocation.keep(other_P), turn) < search.loss(allocation.keep(fraction_P), turn):
+            fraction_P = other_P
+        if (turn + 1) % method.eval_every == 0 or turn + 1 == forwards // 2:
+            search._evaluate(allocation.keep(fraction_P), turn + 1)
+    return search.best["keep"], search.account() | {"forwards": forwards // 2 * 2}
 
 
 @torch.inference_mode()
-def bonsai(method: PolicyGradient, run: Any, forwards: int, ridge: float = 1.0) -> Tensor:
-    """Losses of random sub-models on one batch, regressed on the runs of channels that they held."""
+def bonsai(method: PolicyGradient, run: Any, forwards: int, ridge: float = 1.0) -> tuple[Tensor, dict[str, Any]]:
+    """Losses of random sub-models, two on each batch, regressed on the runs of channels that they held.
+
+    A batch's own level says nothing of the units and leaves the losses before the regression. What has been regressed
+    so far is evaluated as often as the other ways are.
+    """
     search = Search(method, run)
     bits = Bits(search, None)
     generator = torch.Generator().manual_seed(method.seed)
     held_KB, losses = [], []
-    for _ in range(forwards):
-        sample = (torch.rand(len(bits.s), generator=generator) < bits.s).double()
-        held_KB.append(sample)
-        losses.append(search.loss(sample.bool()[bits.bit_U], 0))
-    x_KB = torch.stack(held_KB) - bits.s
-    y_K = torch.tensor(losses, dtype=torch.double)
-    gram_KK = x_KB @ x_KB.T + ridge * torch.eye(forwards, dtype=torch.double) * float(x_KB.square().sum(1).mean())
-    gain_B = -x_KB.T @ torch.linalg.solve(gram_KK, y_K - y_K.mean())  # what holding a bit takes off the loss
-    prior_B = bits.s / bits.s.std()  # where the regression saw nothing the prior decides
-    score_B = gain_B / gain_B.std().clamp_min(1e-12) + prior_B
-    return method.select(score_B[bits.bit_U], run.units, "global", tie_break_U=search.metric_U)
+    search._evaluate(bits.hard(), 0)
+    for turn in range(forwards // 2):
+        pair_KB = torch.rand(2, len(bits.s), generator=generator) < bits.s
+        found = [search.loss(sample[bits.bit_U], turn) for sample in pair_KB]
+        held_KB += [sample.double() for sample in pair_KB]
+        losses += [loss - sum(found) / 2 for loss in found]
+        if (turn + 1) % method.eval_every == 0 or turn + 1 == forwards // 2:
+            x_KB = torch.stack(held_KB) - bits.s
+            x_KB = (x_KB.unflatten(0, (-1, 2)) - x_KB.unflatten(0, (-1, 2)).mean(1, keepdim=True)).flatten(0, 1)
+            y_K = torch.tensor(losses, dtype=torch.double)
+            gram_KK = x_KB @ x_KB.T
+            gram_KK += ridge * torch.eye(len(y_K), dtype=torch.double) * float(x_KB.square().sum(1).mean())
+            gain_B = -x_KB.T @ torch.linalg.solve(gram_KK, y_K)  # what holding a bit takes off the loss
+            prior_B = bits.s / bits.s.std()  # where the regression saw nothing the prior decides
+            score_U = (gain_B / gain_B.std().clamp_min(1e-12) + prior_B)[bits.bit_U]
+            search._evaluate(method.select(score_U, run.units, "global", tie_break_U=search.metric_U), turn + 1)
+    return search.best["keep"], search.account() | {"forwards": forwards // 2 * 2}
 
 
 RIVALS = {"random search": random_search, "bonsai": bonsai}
@@ -145,8 +165,10 @@ RIVALS = {"random search": random_search, "bonsai": bonsai}
 
 def markdown(table: dict[str, Any]) -> str:
     rows = table["rows"]
+    part = "test" if all("evaluations" in row for row in rows) else "validation"  # of an earlier form of this script
     lines = [
-        f"{table['model']}, {table['text']}; perplexity on 32 held-out blocks of 128 tokens, mean ± s.d. over seeds.",
+        f"{table['model']}, {table['text']}; perplexity on 32 {part} blocks of 128 tokens, mean ± s.d. over seeds. "
+        "Forwards are those of the search + those of its evaluations.",
         "",
         "| removed | way | forwards | with means | after the refit | s | seeds |",
         "|---|---|---|---|---|---|---|",
@@ -159,11 +181,11 @@ def markdown(table: dict[str, Any]) -> str:
         return spread([row["perplexity"][key] for row in group], count=False)
 
     for (sparsity, way), group in sorted(groups.items()):
-        forwards = statistics.mean(row["forwards"] or 0 for row in group)
+        forwards, held = (statistics.mean(row.get(key) or 0 for row in group) for key in ("forwards", "held_forwards"))
         seconds = statistics.mean(row["seconds"] for row in group)
         lines.append(
-            f"| {sparsity:.0%} | {way} | {forwards:.0f} | {cell(group, 'mean')} | {cell(group, 'least-squares')} | "
-            f"{seconds:.0f} | {len(group)} |"
+            f"| {sparsity:.0%} | {way} | {forwards:.0f} + {held:.0f} | {cell(group, 'mean')} | "
+            f"{cell(group, 'least-squares')} | {seconds:.0f} | {len(group)} |"
         )
     return "\n".join(lines) + "\n"
 

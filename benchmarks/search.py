@@ -1,10 +1,14 @@
 """What a step of the search costs: masked, sliced and dense forwards in one interleaved run, and its peak memory.
 
     python benchmarks/search.py --model smollm2 --out results/search-cost.json
+    python benchmarks/search.py --model smollm2 --processes 2 --out results/search-processes.json
 
-Time: forwards of one batch under random channel masks at several sparsities, each as a ratio to the dense forward of
-the same round, next to the ideal (floating-point operations of what is kept, LM head included). Memory: peak resident
-set of a process that loads the model and runs the forward of one batch, and of one that searches with that batch.
+Time, each as a ratio to the dense forward of the same round, next to the ideal (floating-point operations of what is
+kept, LM head included): "masked" and "sliced" are the forward of one batch under the mask that a step samples, with the
+means of dropped channels filled in; "step" is a whole step of the search, sampling and update included, per sampled
+mask. Memory: peak resident set of a process that loads the model and runs the forward of one batch, and of one that
+searches with that batch. With --processes the time of as many sampled masks by one process and by several (gloo, one
+thread each) is measured instead.
 """
 
 from __future__ import annotations
@@ -13,14 +17,19 @@ import argparse
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SPARSITIES = (0.1, 0.3, 0.5, 0.7)
+if TYPE_CHECKING:
+    from sentei.methods.policy_gradient.levels import Widths
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 def main() -> None:
@@ -30,17 +39,20 @@ def main() -> None:
     parser.add_argument("--out", default="results/search-cost.json")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--worker", choices=("inference", "search"), help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's, if the machine is quick in it), ...")
+    parser.add_argument("--processes", type=int, help="measure the speed-up of this many instead")
+    parser.add_argument("--steps", type=int, default=12, help="of one process, for --processes")
+    parser.add_argument("--worker", choices=("inference", "search", "steps"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(args)))
+        print(json.dumps(steps(args) if args.worker == "steps" else worker(args)))
         return
-    result = {
+    result: dict[str, Any] = {
         "model": Path(args.model).name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "time": times(args),
-        "memory": memory(args),
+        "dtype": args.dtype,
     }
+    result |= {"processes": speed_up(args)} if args.processes else {"time": times(args), "memory": memory(args)}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -49,38 +61,34 @@ def main() -> None:
 def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from sentei import checkpoint, data, masks, structure
-    from sentei.distill import Distillation
-    from sentei.train import causal_batch
+    from sentei import checkpoint, data
+    from sentei.methods.policy_gradient import PolicyGradient
+    from sentei.methods.policy_gradient.levels import Allocation, Widths
+    from sentei.methods.policy_gradient.search import Search
 
-    model, tokenizer = checkpoint.load(args.model)
-    units = structure.units(model, "channels")
-    head = model.get_output_embeddings().weight.numel()
-    loss, rows = Distillation(), []
-    blocks_NT = data.blocks(data.load(args.data).train, tokenizer, 128, num=max(args.batches))
+    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    text, head, rows = data.load(args.data), model.get_output_embeddings().weight.numel(), []
     for batch in args.batches:
-        inputs = causal_batch(blocks_NT[:batch])
-        keeps = {}
-        for sparsity in SPARSITIES:
-            score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(0))
-            keeps[sparsity] = masks.select(score_U, units, masks.removal_target(units, sparsity), "layer")
-        seconds: dict[Any, list[float]] = {}
+        levels: dict[float, Widths] = {}
+        taken: dict[Any, list[float]] = {}
         with torch.inference_mode():
-            for _ in range(args.rounds + 1):  # the first round warms up
-                for sparsity in (0.0, *SPARSITIES):
-                    for way in ("masked", "sliced") if sparsity else ("dense",):
-                        began = time.perf_counter()
-                        if way == "dense":
-                            loss(model, inputs)
-                        else:
-                            with getattr(masks, way)(model, units, keeps[sparsity]):
-                                loss(model, inputs)
-                        seconds.setdefault((way, sparsity), []).append(time.perf_counter() - began)
-        dense = seconds.pop(("dense", 0.0))
-        for (way, sparsity), taken in seconds.items():
-            ratios = [a / b for a, b in zip(taken[1:], dense[1:], strict=True)]
-            removed = units.removed_parameters(keeps[sparsity])
-            ideal = (units.layer_parameters - removed + head) / (units.layer_parameters + head)
+            for sparsity in SPARSITIES:
+                method = PolicyGradient(
+                    sparsity=sparsity, granularity="channels", batch_size=batch, coarse_steps=args.rounds + 1,
+                    calibration_samples=16,
+                )  # fmt: skip
+                search = Search(method, method.start(model, tokenizer, text))
+                levels[sparsity] = Widths(search, Allocation(search))
+            for turn in range(args.rounds + 1):  # the first round warms up
+                for sparsity, level in levels.items():
+                    for way, seconds in one_round(level, turn, dense=sparsity == SPARSITIES[0]).items():
+                        taken.setdefault((way, sparsity), []).append(seconds)
+        dense = taken.pop(("dense", SPARSITIES[0]))
+        for (way, sparsity), seconds in taken.items():
+            ratios = [a / b for a, b in zip(seconds[1:], dense[1:], strict=True)]
+            search = levels[sparsity].search
+            whole = search.units.layer_parameters + head
+            ideal = (whole - search.remove) / whole
             rows.append(
                 {
                     "tokens": batch * 128, "sparsity": sparsity, "way": way, "ideal": ideal,
@@ -92,10 +100,79 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def one_round(level: Widths, turn: int, dense: bool) -> dict[str, float]:
+    """Seconds of a forward in each way, and of a step for each of its two masks."""
+    from sentei import masks
+
+    search, keep_U = level.search, level.sample(turn)[0]
+    model, ids = search.run.model, search.batch(turn)
+    ways = {"dense": nullcontext()} if dense else {}
+    for way in ("masked", "sliced"):
+        ways[way] = getattr(masks, way)(model, search.units, keep_U, search.fill)
+    found = {}
+    for way, context in ways.items():
+        began = time.perf_counter()
+        with context:
+            float(search.run.loss(model, ids, turn))
+        found[way] = time.perf_counter() - began
+    began = time.perf_counter()
+    level.update(level.measure(turn, turn), turn)
+    found["step"] = (time.perf_counter() - began) / 2
+    return found
+
+
+def speed_up(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the same number of sampled masks by one process and by several, in turns."""
+    found: dict[int, list[float]] = {1: [], args.processes: []}
+    for _ in range(args.rounds):
+        for count, seconds in found.items():
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            command = [sys.executable, __file__, "--worker", "steps", "--model", args.model, "--data", args.data]
+            command += ["--dtype", args.dtype, "--steps", str(args.steps // count)]
+            workers = []
+            for rank in map(str, range(count)):
+                where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+                where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+                environment = {**os.environ, **(where if count > 1 else {"OMP_NUM_THREADS": "1"})}
+                workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            said = [process.communicate()[0] for process in workers]
+            seconds.append(max(json.loads(line)["seconds"] for line in said))
+    ratios = [one / several for one, several in zip(*found.values(), strict=True)]
+    return {
+        "count": args.processes, "masks": 2 * args.steps, "seconds": {str(n): its for n, its in found.items()},
+        "speed_up": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+    }  # fmt: skip
+
+
+def steps(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of some steps in this process, alone or one of several."""
+    import torch
+
+    from sentei import checkpoint, data
+    from sentei.methods.policy_gradient import PolicyGradient
+    from sentei.methods.policy_gradient.levels import Allocation, Widths
+    from sentei.methods.policy_gradient.search import Search
+
+    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    method = PolicyGradient(granularity="channels", coarse_steps=args.steps + 1, calibration_samples=16)
+    with torch.inference_mode():
+        search = Search(method, method.start(model, tokenizer, data.load(args.data)))
+        level = Widths(search, Allocation(search))
+        level.update(level.measure(0, 0), 0)  # warms up
+        search.processes.wait_for_everyone()
+        began = time.perf_counter()
+        for step in range(1, args.steps + 1):
+            level.update(level.measure(step, step), step)
+        return {"seconds": time.perf_counter() - began}
+
+
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for kind in ("inference", "search"):
         command = [sys.executable, __file__, "--worker", kind, "--model", args.model, "--data", args.data]
+        command += ["--dtype", args.dtype]
         found[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found | {"ratio": found["search"]["peak_mb"] / found["inference"]["peak_mb"]}
 
@@ -106,7 +183,7 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
     from sentei import checkpoint, data
     from sentei.methods.policy_gradient import PolicyGradient
 
-    model, tokenizer = checkpoint.load(args.model)
+    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
     text = data.load(args.data)
     Path("/proc/self/clear_refs").write_text("5")  # what loading needed for a moment does not count
     if args.worker == "inference":
