@@ -267,7 +267,7 @@ def _whole_steps(remove: int, cost: int, units: Units) -> int:
         near = [f"{count * step:.3f}" for count in (below, above) if 0 < count * cost < units.total]
         raise ValueError(
             f"shape=uniform takes as many heads from every layer, {step:.1%} of the layer parameters at a time, and "
-            f"sparsity {asked:.3f} is between; nearest possible: {' or '.join(near) or 'none'}. Or use shape=heterogeneous"
+            f"sparsity {asked:.3f} is between; nearest possible: {' or '.join(near) or 'none'}. Or use heterogeneous"
         )
     return steps
 
