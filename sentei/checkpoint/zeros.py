@@ -110,11 +110,11 @@ def export_dense(folder: str | Path, out: str | Path, *, force: bool = False) ->
 def build(source: Source, auto_class: Any, dtype: torch.dtype, head: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model of a sparse container, in transformers' own class; what was missing, as `from_pretrained` reports it.
 
-    Every shape is compared with the configuration's before memory is taken for it.
+    Every tensor is compared with the configuration's before memory is taken for it.
 
     Args:
-        head: what a new head changes in the configuration; with any, tensors outside the base model may be missing,
-            of another shape, or without a place.
+        head: what a new head changes in the configuration; with any, tensors outside the base model, and a pooler, may
+            be missing, of another shape, or without a place.
     Raises:
         ValueError: the container does not hold the model that config.json describes.
     """
@@ -127,21 +127,51 @@ def build(source: Source, auto_class: Any, dtype: torch.dtype, head: Mapping[str
         raise ValueError(f"{source.path}: config.json names {count} layers, the container has fewer tensors")
     with torch.device("meta"):
         twin = auto_class.from_config(config)
-    wanted, base = twin.state_dict(), f"{twin.base_model_prefix}."
-    for name, (_, shape) in source.tensors.items():
-        if head and not name.startswith(base):
-            continue
-        if name not in wanted:
-            raise ValueError(f"{file}: {type(twin).__name__} has no tensor {name}")
-        if tuple(wanted[name].shape) != shape:
-            raise ValueError(f"{file}: {name} is {list(shape)}, config.json makes it {list(wanted[name].shape)}")
+    _check_twin(source, twin, new_head=bool(head))
     model, report = type(twin).from_pretrained(
         None, config=config, state_dict=sparse.read(file), dtype=dtype, output_loading_info=True, **more
     )
     if report["unexpected_keys"] and not head:
         raise ValueError(f"{file}: no place for {sorted(report['unexpected_keys'])[0]}")
-    model.config._name_or_path = str(source.path)
+    model.config._name_or_path = model.name_or_path = str(source.path)
     return model, report
+
+
+def _check_twin(source: Source, twin: Any, *, new_head: bool) -> None:
+    """The container has the tensors of the weightless twin, in their shapes; what is new is not larger than it may be.
+
+    Raises:
+        ValueError: it has not.
+    """
+    file, base = source.files[0], f"{twin.base_model_prefix}."
+    wanted = twin.state_dict(keep_vars=True)
+
+    def of_head(name: str) -> bool:
+        return new_head and not name.startswith(base)
+
+    def may_be_new(name: str) -> bool:
+        return of_head(name) or (new_head and name.startswith(f"{base}pooler."))
+
+    there: set[int] = set()  # a tied tensor is there once
+    for name, (_, shape) in source.tensors.items():
+        place = f"{base}{name}" if f"{base}{name}" in wanted else name  # of a model without a head
+        if place not in wanted:
+            if may_be_new(place):
+                continue
+            raise ValueError(f"{file}: {type(twin).__name__} has no tensor {name}")
+        if tuple(wanted[place].shape) != shape and not of_head(place):
+            raise ValueError(f"{file}: {name} is {list(shape)}, config.json makes it {list(wanted[place].shape)}")
+        there.add(id(wanted[place]))
+    absent: dict[int, str] = {}  # by its first name
+    for name, tensor in wanted.items():
+        if id(tensor) not in there:
+            absent.setdefault(id(tensor), name)
+    for name in absent.values():
+        if not may_be_new(name):
+            raise ValueError(f"{file} lacks {name}, which config.json makes {list(wanted[name].shape)}")
+    new = sum(wanted[name].nbytes for name in absent.values()) + sum(buffer.nbytes for buffer in twin.buffers())
+    if new > sparse.limit(file):
+        raise ValueError(f"{source.path}: config.json asks for a head of {new:,} bytes, more than is allowed")
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
