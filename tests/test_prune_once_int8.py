@@ -10,6 +10,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 from sentei import data
 from sentei.checkpoint import sparse
 from sentei.data import examples
+from sentei.export import torch_1x4
 from sentei.methods.prune_once import lock, quantise
 from sentei.methods.prune_once.quantise import Quantise
 from sentei.recipe import make_method
@@ -120,8 +121,10 @@ def test_int8_in_the_runtime(how, rows, words, tmp_path):
     record = Quantise(**FEW | {"lr": 1e-3} | how).compress(model, words, rows, workdir=tmp_path)
     after = zero_sets(model, before)
     assert all(torch.equal(before[name], before[name] & after[name]) for name in before)
-    assert set(record["scores"]) == {"fp32", "torch", "openvino", "openvino f32"}
+    kernel = {"torch_1x4"} if how.get("fast_path") else set()
+    assert set(record["scores"]) == {"fp32", "torch", "openvino", "openvino f32"} | kernel
     saving = record["saving"]
+    assert set(saving["activations"]) == {name.removesuffix(".weight") for name in before if kernel}
     assert (saving["files"]["openvino"] / "openvino_model.bin.zst").stat().st_size == record["bytes"]["ir zst"]
     # the container's values are those of the runtime: same logits in torch with the codes, but for the inputs' rounding
     steps = saving["scales"]
@@ -135,6 +138,81 @@ def test_int8_in_the_runtime(how, rows, words, tmp_path):
     sparse.write(tmp_path / "m", {n: (state[n] / steps[n].reshape(-1, 1)).round().to(torch.int8) for n in before},
                  scales={n: steps[n] for n in before})  # fmt: skip
     assert all(torch.equal(value, state[name]) for name, value in sparse.read(tmp_path / "m").items())
+
+
+@needs_runtime
+@pytest.mark.slow
+def test_without_a_folder_nothing_is_left_and_nothing_is_lost(rows, words, tmp_path, monkeypatch):
+    """A folder of the user's own that is called openvino stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "notes.txt").write_text("mine")
+    record = Quantise(**FEW).compress(sparse_model(), words, rows)
+    assert record["saving"]["files"] == {} and record["bytes"]["ir"] > 0
+    assert [file.name for file in (tmp_path / "openvino").iterdir()] == ["notes.txt"]
+
+
+class Killed(Exception):
+    pass
+
+
+@needs_runtime
+@pytest.mark.slow
+def test_killed_quantise_goes_on(rows, words, tmp_path):
+    """Weights, ranges and codes to the bit."""
+    method = Quantise(**FEW | {"lr": 1e-3, "save_every": 2})
+
+    def kill(event):
+        if event.get("step") == 5:
+            raise Killed
+
+    whole, resumed, seen = sparse_model(), sparse_model(), []
+    wanted = method.compress(whole, words, rows, workdir=tmp_path / "whole")
+    with pytest.raises(Killed):
+        method.compress(sparse_model(), words, rows, workdir=tmp_path / "cut", report=kill)
+    found = method.compress(
+        resumed, words, rows, workdir=tmp_path / "cut", report=lambda event: seen.append(event.get("step"))
+    )
+    assert next(step for step in seen if step) == 5
+    assert found["mask_sha256"] == wanted["mask_sha256"] and found["scores"] == wanted["scores"]
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_1x4_kernel(words):
+    """A model computed by torch's kernel is the one in fp32 but for the steps of its inputs and outputs."""
+    model = sparse_model(block=4)
+    names = [name.removesuffix(".weight") for name in lock.prunable(model)]
+    codes, ranges, seen = {}, {}, {}
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_submodule(name).weight
+            step = weight.abs().amax(1).clamp(min=1e-8) / 64
+            code = (weight / step[:, None]).round().to(torch.int8)
+            weight.copy_(code.float() * step[:, None])
+            codes[f"{name}.weight"] = code, step
+    batch = dict(words(["the old tree", "by the river"], return_tensors="pt"))
+    batch = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    for name in names:
+        linear = model.get_submodule(name)
+        linear.register_forward_hook(lambda m, x, y, name=name: seen.update({name: (x[0], y)}))
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        for name, (x, y) in seen.items():
+            (in_scale, in_zp), (out_scale, out_zp) = (
+                torch_1x4.uint8_range(float(t.min()), float(t.max())) for t in (x, y)
+            )
+            ranges[name] = {"in_scale": in_scale, "in_zp": in_zp, "out_scale": out_scale, "out_zp": out_zp}
+        made = torch_1x4.converted(model, codes, ranges)
+        torch.testing.assert_close(made(**batch).logits, wanted, atol=0.05, rtol=0.05)
+        one = names[0]  # one linear in integers: at most a step from the kernel
+        linear, (x, y) = made.get_submodule(one), seen[one]
+        steps = ((linear(x) - y).abs() / ranges[one]["out_scale"]).max()
+        slack = ranges[one]["in_scale"] / 2 * model.get_submodule(one).weight.abs().sum(1).max()
+        assert steps <= 1 + slack / ranges[one]["out_scale"]
+    code, step = codes[f"{one}.weight"]
+    with pytest.raises(ValueError, match="saturates for codes above 64"):
+        torch_1x4.Linear(code.clone().fill_(65), step, None, ranges[one])
 
 
 @needs_runtime

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import BertConfig, BertForPreTraining, BertModel
+from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 import sentei
 from sentei import checkpoint, data
@@ -19,7 +19,7 @@ from sentei.distill import Distillation
 from sentei.methods.prune_once import lock, pretrain
 from sentei.methods.prune_once.next_sentence import NextSentence, pairs
 from sentei.methods.prune_once.pretrain import Student, Teacher, masked_rows
-from sentei.methods.prune_once.tasks import TaskLoss
+from sentei.methods.prune_once.tasks import Task, TaskLoss
 from sentei.methods.prune_once.transfer import Transfer
 
 FEW = {"batch_size": 2, "seq_len": 16, "lr": 1e-3, "eval_tokens": 64}
@@ -152,6 +152,14 @@ def test_rows_have_equal_targets(words):
     assert torch.equal(batch["targets"][chosen], ids[chosen]) and torch.equal(batch["input_ids"][~chosen], ids[~chosen])
 
 
+def test_padded_rows_have_their_share_of_targets(words):
+    """A row half full has half as many targets: the share is of its own tokens."""
+    ids = torch.randint(5, 100, (3, 40), generator=torch.Generator().manual_seed(0))
+    ids[1, 20:] = ids[2, 4:] = words.pad_token_id
+    batch = masked_rows(ids, words, 0.15, seed=3)
+    assert (batch["targets"] != -100).sum(1).tolist() == [6, 3, 1]
+
+
 # --- stages A and B -------------------------------------------------------------------------------------------------
 
 
@@ -273,15 +281,28 @@ def test_the_student_reads_what_its_teacher_read(parent, corpus, tmp_path):
         sentei.compress(teacher, method="prune_once_student", data=other, out=tmp_path / "s", steps=100, **FEW)
 
 
+def word_pieces():
+    """BERT's own tokenizer over a few pieces."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", "le", "##af"]
+    return BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+
+
 def test_next_sentence_pairs(words, text):
-    words.add_special_tokens({"cls_token": "<s>", "sep_token": "</s>"})
-    words.build_inputs_with_special_tokens = lambda a, b: [1, *a, 2, *b, 2]
+    with pytest.raises(ValueError, match=r"no \[CLS\] or no \[SEP\]"):
+        pairs(text.train, words, 64, seed=0)
+    words = word_pieces()
     made = pairs(text.train, words, 64, seed=0)
+    whole = words("tree leaf.", "root.")  # what the tokenizer itself makes of a pair
+    short = pairs(["tree leaf. root.", "moss. seed."], words, 64, seed=1, random=0.0)
+    size = len(whole["input_ids"])
+    assert short.ids[0, :size].tolist() == whole["input_ids"] and not short.ids[0, size:].any()
+    assert short.segments[0, :size].tolist() == whole["token_type_ids"]
+    assert short.attention[0].sum() == size
     assert 0.3 < float(made.random.float().mean()) < 0.8 and made.attention.sum(1).max() <= 64
     for ids, segments, attention in zip(made.ids, made.segments, made.attention, strict=True):
         length = int(attention.sum())
-        ends = (ids[:length] == 2).nonzero().flatten().tolist()
-        assert ids[0] == 1 and len(ends) == 2 and ends[1] == length - 1
+        ends = (ids[:length] == words.sep_token_id).nonzero().flatten().tolist()
+        assert ids[0] == words.cls_token_id and len(ends) == 2 and ends[1] == length - 1
         assert not segments[: ends[0] + 1].any() and segments[ends[0] + 1 : length].all()
     with pytest.raises(ValueError, match="two documents"):
         pairs(text.train[:1], words, 64, seed=0)
@@ -363,6 +384,30 @@ def test_stages_from_folders(parent, student, corpus, rows, tmp_path):
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
+def test_a_kept_zero_stays_free(parent, words, tmp_path):
+    """A kept weight that became 0 is no hole: the lock is the stored mask, not what is 0 now."""
+    model, _ = checkpoint.load(parent)
+    matrices = lock.prunable(model)
+    random = torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(p.shape, generator=random) < 0.3 for name, p in matrices.items()}
+    name = next(iter(matrices))
+    row, column = masks[name].nonzero()[0].tolist()
+    with torch.no_grad(), lock.Lock(matrices, masks) as held:
+        matrices[name][row, column] = 0.0
+    record = {"method": "m", "fields": {}, "seed": 0, "data": {}, "record": {}}
+    out = checkpoint.save(
+        model, words, tmp_path / "s", parent=parent, record=record, shape="sparse", masks=dict(held.masks)
+    )
+    loaded, _ = checkpoint.load(out)
+    found = lock.Lock.on_zeros(lock.prunable(loaded), loaded.name_or_path)
+    assert found.checksum() == held.checksum() and found.masks[name][row, column]
+    assert not lock.Lock.on_zeros(lock.prunable(loaded)).masks[name][row, column]
+    with torch.no_grad():
+        lock.prunable(loaded)[name].fill_(1.0)[0] = 0.0  # no longer what was stored
+    moved = lock.Lock.on_zeros(lock.prunable(loaded), out).masks[name]
+    assert torch.equal(moved, lock.prunable(loaded)[name] != 0)
+
+
 @pytest.mark.parametrize("kind", ["regression", "qa", "clm"])
 def test_other_tasks(kind, student, tmp_path, corpus):
     if kind == "regression":
@@ -384,6 +429,43 @@ def test_other_tasks(kind, student, tmp_path, corpus):
     record = json.loads((out / "compression.json").read_text())["stages"][-1]["record"]
     wanted = {"regression": {"pearson", "spearman"}, "qa": {"exact_match", "f1"}, "clm": {"loss", "perplexity"}}
     assert set(record["scores"]["test"]) == wanted[kind] and record["task"] == kind
+    if kind == "clm":
+        few = Transfer(task="clm", limit=3, held_limit=1).read(file, "text")
+        assert (len(few.train), len(few.validation), len(few.test)) == (3, 1, 1)
+
+
+def test_the_metric_of_a_task(student, rows, tmp_path):
+    """Named in the fields; better or worse by its own direction; none where nothing can be said."""
+    few = {"epochs": 1, "batch_size": 8, "seq_len": 32, "text_field": "sentence", "data": rows}
+    out = sentei.compress(student, method="prune_once_transfer", out=tmp_path / "t", metric="matthews", **few)
+    assert json.loads((out / "compression.json").read_text())["stages"][-1]["record"]["metric"] == "matthews"
+    text = data.Text([sentence(1)], [], [], "t", "0" * 64)
+    perplexity = Task("clm", text, None, 16)
+    assert perplexity.metric == "perplexity"
+    assert perplexity.drop({"perplexity": 10.0}, {"perplexity": 12.0}) == 2.0  # worse, as a lower accuracy is
+    labelled = Transfer().read(rows, "sentence")
+    accuracy = Task("classification", labelled, None, 16)
+    assert accuracy.drop({"accuracy": 0.75}, {"accuracy": 0.5}) == 0.25
+    assert accuracy.drop({"accuracy": None}, {"accuracy": 0.5}) is None and accuracy.drop({}, {}) is None
+    with pytest.raises(ValueError, match="metric is 'pearson'; a task of kind classification has auto, accuracy"):
+        Task("classification", labelled, None, 16, asked="pearson")
+    with pytest.raises(ValueError, match="metric is one of"):
+        Transfer(metric="bleu")
+
+
+@pytest.mark.parametrize(("side", "reason"), [("prediction", "every prediction is 0.5"), ("label", "every label is 2")])
+def test_the_correlation_of_a_constant_is_null(side, reason, tmp_path, words):
+    file = tmp_path / "r.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"{sentence(i)} {i}\t{i / 7}\n" for i in range(60)))
+    rows = Transfer(task="regression").read(str(file), "text")
+    for row in rows.test:
+        row["label"] = 2.0 if side == "label" else row["label"]
+    task = Task("regression", rows, words, 32)
+    logits = (lambda n: torch.full((n, 1), 0.5)) if side == "prediction" else (lambda n: torch.rand(n, 1))
+    found = task.scores(lambda batch: [logits(len(batch["input_ids"]))], "test")
+    assert found == {"pearson": None, "spearman": None, "undefined": reason}
+    assert task.drop({"pearson": 0.5}, found) is None
+    json.dumps(found, allow_nan=False)
 
 
 def test_killed_transfer_goes_on(student, rows, tmp_path, words):
@@ -415,6 +497,7 @@ def test_pruned_on_the_task(parent, rows, words):
     record = method.compress(model, words, examples)
     assert record["sparsity"] == pytest.approx(0.7, abs=0.01) and record["steps"] >= 100
     assert lock.zeros(lock.prunable(model)) == pytest.approx(0.7, abs=0.01)
+    assert not (model.bert.pooler.dense.weight == 0).any()  # new with the head: it stays dense, as elsewhere
     with pytest.raises(ValueError, match="only with lock off"):
         Transfer(prune=0.5)
 
@@ -433,7 +516,7 @@ def test_teacher_must_fit(student, rows, words):
 
 
 def test_a_recipe_branches(parent, corpus, rows, tmp_path, capsys):
-    """Two tasks of one student, with a teacher that is a stage; a second run makes nothing again."""
+    """All four stages: two tasks of one student, with teachers that are stages; a second run makes nothing again."""
     from sentei import recipe
     from sentei.cli import main
 
@@ -445,8 +528,9 @@ out: {tmp_path / "out"}
 data: {corpus}
 report: null
 stages:
-  - {{name: student, method: prune_once_student, steps: 100, batch_size: 2, seq_len: 16, sparsity: 0.8, kd_soft: 0.0}}
-  - {{name: dense, method: prune_once_transfer, after: parent, lock: false, data: {rows}, {few}}}
+  - {{name: teacher, method: prune_once_teacher, steps: 10, batch_size: 2, seq_len: 16}}
+  - {{name: student, method: prune_once_student, steps: 100, batch_size: 2, seq_len: 16, sparsity: 0.8}}
+  - {{name: dense, method: prune_once_transfer, after: teacher, lock: false, data: {rows}, {few}}}
   - {{name: one, method: prune_once_transfer, after: student, teacher: dense, data: {rows}, {few}}}
   - {{name: codes, method: prune_once_quantise, scheme: weights, data: {rows}, {few}}}
   - {{name: two, method: prune_once_transfer, after: student, seed: 1, data: {rows}, {few}}}
@@ -456,10 +540,10 @@ stages:
     recipe.run(recipe.load(file))
     records = {
         name: json.loads((tmp_path / "out" / name / "compression.json").read_text())["stages"]
-        for name in ("student", "dense", "one", "codes", "two")
+        for name in ("teacher", "student", "dense", "one", "codes", "two")
     }
     masks = {records[name][-1]["record"]["mask_sha256"] for name in ("student", "one", "codes", "two")}
-    assert len(masks) == 1 and len(records["dense"]) == 1 and len(records["codes"]) == 3
+    assert len(masks) == 1 and len(records["dense"]) == 2 and len(records["codes"]) == 4
     times = {name: (tmp_path / "out" / name / "compression.json").stat().st_mtime_ns for name in records}
     recipe.run(recipe.load(file))
     for name, time in times.items():
@@ -469,6 +553,75 @@ stages:
     file.write_text(file.read_text().replace("after: student, seed", "after: pupil, seed"))
     with pytest.raises(ValueError, match="after 'pupil'; expected a stage before it"):
         recipe.run(recipe.load(file))
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SIZES = {  # of the real models, without weights
+    "prune-once-bert-base": lambda: BertForPreTraining(BertConfig()),
+    "prune-once-minilm": lambda: BertForPreTraining(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    ),
+    "prune-once-smollm2": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_recipes_say_what_they_will_do(name, monkeypatch):
+    """Every field of every stage is known and fits; what would be pruned of the real model, in weights and bytes."""
+    from sentei import recipe
+    from sentei.export import openvino
+    from sentei.recipe import make_method
+
+    monkeypatch.setattr(openvino, "check", lambda what: None)
+    keys = ("name", "method", "data", "text_field", "teacher", "after")
+    stages = recipe.load(RECIPES / f"{name}.yaml").stages
+    made = [make_method(s["method"], {k: v for k, v in s.items() if k not in keys}) for s in stages]
+    names = [stage["name"] for stage in stages]
+    assert all(stage.get(key, names[0]) in names for stage in stages for key in ("after", "teacher"))
+    with torch.device("meta"):
+        model = SIZES[name]()
+    lines = [method.outline(model) for method in made[:2]]
+    assert isinstance(made[0], Teacher) and isinstance(made[1], Student)
+    assert list(lines[1]) == ["may go", "will go", "container", "training"] and list(lines[0]) == ["training"]
+    if name == "prune-once-bert-base":
+        assert lines[1]["may go"] == "85,524,480 weights in 73 matrices (77.7% of the model)"
+        assert lines[1]["will go"] == "76,972,032 weights: 90% of these, 69.9% of the model"
+        assert lines[1]["container"] == "about 143 MB in fp32, the matrices 19.2 MB in int8"
+        assert lines[1]["training"].startswith("100,000 steps; 2.63 GB in each process")
+        for method in made[:2]:  # for one process; the recipe says what to change for more
+            assert (method.batch_size * method.accumulate, method.seq_len, method.lr) == (256, 512, 5e-5)
+            assert method.objective == "mlm_nsp" and method.save_every == 1000
+        squad = made[names.index("squad")]
+        assert (squad.lr, squad.epochs, squad.batch_size, squad.seq_len, squad.stride) == (1.5e-4, 8, 12, 384, 128)
+
+
+def test_the_paper_recipe_is_checked_before_it_starts(tmp_path, words, text, monkeypatch):
+    """Its files and fields, with a small model in the place of BERT-Base; nothing is written."""
+    import yaml
+
+    from sentei import recipe
+    from sentei.export import openvino
+
+    monkeypatch.setattr(openvino, "check", lambda what: None)
+    monkeypatch.chdir(tmp_path)
+    BertForPreTraining(tiny_model("bert", max_position_embeddings=512).config).save_pretrained("bert")
+    words.save_pretrained("bert")
+    Path("corpus.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in text.train * 2))
+    Path("squad").mkdir()
+    row = {"id": "0", "question": "what", "answers": [{"text": "tree", "answer_start": 0}]}
+    for part in ("train", "dev"):
+        paragraphs = [{"context": f"tree {part} {i}", "qas": [row]} for i in range(20)]
+        Path(f"squad/{part}-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    content = yaml.safe_load((RECIPES / "prune-once-bert-base.yaml").read_text()) | {"model": "bert"}
+    Path("r.yaml").write_text(yaml.safe_dump(content))
+    before = sorted(tmp_path.rglob("*"))
+    assert list(recipe.check(recipe.load("r.yaml"))) == [stage["name"] for stage in content["stages"]]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 RANKS = """

@@ -33,7 +33,8 @@ def official(path, paragraphs):
         ("cat sat", ["cat"], 0, 2 / 3),
         ("dog", ["cat"], 0, 0),
         ("cat", ["dog", "the cat sat"], 0, 2 / 3),
-        ("the", ["a"], 1, 1),  # nothing is left of either
+        ("the", ["a"], 1, 0),  # nothing is left of either: equal, and without a shared word
+        ("", ["the"], 1, 0),
         ("the", ["cat"], 0, 0),
         ("cat cat", ["cat"], 0, 2 / 3),  # a word counts as often as both have it
         ("well-known", ["wellknown"], 1, 1),

@@ -25,10 +25,8 @@ def exact(answer: str, gold: str) -> float:
 
 
 def overlap(answer: str, gold: str) -> float:
-    """F1 of the words that both share."""
+    """F1 of the words that both share; 0 where they share none, even if nothing is left of either."""
     given, wanted = normal(answer).split(), normal(gold).split()
-    if not given or not wanted:
-        return float(given == wanted)
     shared = sum((Counter(given) & Counter(wanted)).values())
     if not shared:
         return 0.0

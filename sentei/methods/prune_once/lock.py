@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sentei import structure
+from sentei.checkpoint import sparse as containers
 
 Matrices = dict[str, nn.Parameter]
 
@@ -94,18 +96,28 @@ class Lock:
         self._handles: list[Any] = []
 
     @classmethod
-    def on_zeros(cls, matrices: Matrices, where: str = "the model") -> Lock:
-        """Lock the zeros that a model already has.
+    def on_zeros(cls, matrices: Matrices, where: str | Path | None = None) -> Lock:
+        """Lock the zeros that a model already has; a weight that its container keeps may be 0, and stays free.
 
+        Args:
+            where: the checkpoint that the model was loaded from, if any.
         Raises:
             ValueError: hardly any: the model is dense.
         """
         sparse = {name: p for name, p in matrices.items() if float((p == 0).float().mean()) > 0.01}
         if not sparse:
             raise ValueError(
-                f"no prunable matrix in {where} has over 1% zeros: nothing to lock. Run prune_once_student first"
+                f"no prunable matrix in {where or 'the model'} has over 1% zeros: nothing to lock. Run "
+                "prune_once_student first"
             )
-        return cls(sparse, {name: p.detach() != 0 for name, p in sparse.items()}, regrow=False)
+        file = Path(where) / containers.FILE if where else None
+        stored = containers.read_masks(file) if file is not None and file.is_file() else {}
+        masks = {name: p.detach() != 0 for name, p in sparse.items()}
+        for name, mask in masks.items():
+            kept = stored.get(name)
+            if kept is not None and kept.shape == mask.shape and not bool((mask.cpu() & ~kept).any()):
+                masks[name] = kept.to(mask.device)
+        return cls(sparse, masks, regrow=False)
 
     def __enter__(self) -> Lock:
         for name, parameter in self.matrices.items():

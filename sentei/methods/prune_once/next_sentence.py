@@ -7,6 +7,7 @@ probability `short` a pair aims at a random shorter length, so that short inputs
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Packed pairs: ids [N, T] padded, segment numbers [N, T], attention [N, T], 1 where the second is random [N]."""
+    """Packed pairs: ids [N, T] padded, segment numbers [N, T], attention [N, T], 1 where the second is random [N].
+
+    They take six bytes a token: ids are int32, segments and attention int8.
+    """
 
     ids: Tensor
     segments: Tensor
@@ -35,9 +39,9 @@ class Pairs:
 
     def batch(self, rows: Iterable[int], mask: Callable[[Tensor, int], Batch], n: int) -> Batch:
         rows = list(rows)
-        made = mask(self.ids[rows], n)
+        made = mask(self.ids[rows].long(), n)
         return made | {
-            "token_type_ids": self.segments[rows], "attention_mask": self.attention[rows],
+            "token_type_ids": self.segments[rows].long(), "attention_mask": self.attention[rows].long(),
             "next_sentence": self.random[rows],
         }  # fmt: skip
 
@@ -52,12 +56,17 @@ def pairs(
     """Pairs of segments made of whole sentences, at most `length` tokens with their special ones.
 
     Raises:
-        ValueError: fewer than two documents, or none with two sentences.
+        ValueError: a tokenizer without the tokens that begin and part a pair, fewer than two documents, or none with
+            two sentences.
     """
+    begin_of_pair, end_of_part = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if begin_of_pair is None or end_of_part is None:
+        raise ValueError(f"{type(tokenizer).__name__} has no [CLS] or no [SEP] to make pairs with; use objective mlm")
     sentences = []
     for document in documents:
         found = [part for part in _SENTENCE.split(document) if part.strip()]
-        ids = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in found]
+        # Arrays: a list of Python's numbers is eight times as large, and a corpus may be.
+        ids = [array("i", tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) for part in found]
         sentences.append([part for part in ids if part])
     sentences = [document for document in sentences if document]
     if len(sentences) < 2:
@@ -70,7 +79,7 @@ def pairs(
     def draw(below: int) -> int:
         return int(torch.randint(below, (), generator=generator))
 
-    rows: list[tuple[list[int], list[int], int]] = []
+    rows: list[tuple[array[int], array[int], int]] = []
     room = length - 3  # [CLS] first [SEP] second [SEP]
     for number, document in enumerate(sentences):
         start = 0
@@ -81,32 +90,35 @@ def pairs(
                 size += len(document[end])
                 end += 1
             cut = start + 1 + (draw(end - start - 1) if end - start > 1 else 0)
-            first = [token for part in document[start:cut] for token in part]
+            first = _joined(document[start:cut])
             is_random = end - start == 1 or float(torch.rand((), generator=generator)) < random
             if is_random:
                 other = sentences[(number + 1 + draw(len(sentences) - 1)) % len(sentences)]
                 begin = draw(len(other))
-                second = [token for part in other[begin:] for token in part][: max(1, target - len(first))]
+                second = _joined(other[begin:])[: max(1, target - len(first))]
                 end = cut  # what was not used starts the next pair
             else:
-                second = [token for part in document[cut:end] for token in part]
+                second = _joined(document[cut:end])
             rows.append((*_fit(first, second, target), int(is_random)))
             start = end
     if not rows:
         raise ValueError("no document has two sentences to make a pair of; use objective mlm")
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    segments, attention = torch.zeros_like(ids), torch.zeros_like(ids)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.int32)
+    segments, attention = (torch.zeros(ids.shape, dtype=torch.int8) for _ in range(2))
     for row, (first, second, _) in enumerate(rows):
-        whole = tokenizer.build_inputs_with_special_tokens(first, second)
-        ids[row, : len(whole)] = torch.tensor(whole)
+        whole = [begin_of_pair, *first, end_of_part, *second, end_of_part]
+        ids[row, : len(whole)] = torch.tensor(whole, dtype=torch.int32)
         segments[row, len(whole) - len(second) - 1 : len(whole)] = 1
         attention[row, : len(whole)] = 1
     return Pairs(ids, segments, attention, torch.tensor([flag for *_, flag in rows]))
 
 
-def _fit(first: list[int], second: list[int], target: int) -> tuple[list[int], list[int]]:
+def _joined(parts: list[array[int]]) -> array[int]:
+    return array("i", [token for part in parts for token in part])
+
+
+def _fit(first: array[int], second: array[int], target: int) -> tuple[array[int], array[int]]:
     """Cut the longer one until both fit."""
-    first, second = list(first), list(second)
     while len(first) + len(second) > target:
         (first if len(first) > len(second) else second).pop()
     return first, second

@@ -158,6 +158,11 @@ class Pretraining:
         """Cross-entropy of held-out text, nats per target."""
         return held_out(model, (without_pairs(batch) for batch in held), precision)["ce"]
 
+    def _takes(self, held: int) -> str:
+        """What training takes, for `outline`; `held` is in bytes."""
+        tokens = f"{self.batch_size} x {self.seq_len} tokens"
+        return f"{self.steps:,} steps; {held / 1e9:,.2f} GB in each process, and the activations of {tokens}"
+
     def _run(
         self,
         model: Any,
@@ -200,6 +205,10 @@ class Teacher(Pretraining):
 
     def _preset(self) -> dict[str, float]:
         return PRESETS[self.preset] | ({"steps": 300} if self.preset == "cpu_mini" else {})
+
+    def outline(self, model: Any) -> dict[str, str]:
+        """What training takes, for `sentei plan`: fp32 weights, gradients and Adam's two moments."""
+        return {"training": self._takes(16 * structure.total_parameters(model))}
 
     def compress(
         self,
@@ -297,11 +306,14 @@ class Student(Pretraining):
         gone = int(self.sparsity * count)
         kept = count - gone
         bits = count / 8 if self.pattern != "1x4" else count / 32
+        held = 16 * total + (5 if self.regrow else 1) * count  # masks, and dormant values in fp32
+        held += 4 * total if self.kd_soft else 0
         return {
             "may go": f"{count:,} weights in {len(matrices)} matrices ({count / total:.1%} of the model)",
             "will go": f"{gone:,} weights: {self.sparsity:.0%} of these, {gone / total:.1%} of the model",
             "container": f"about {(bits + 4 * kept + 4 * (total - count)) / 1e6:,.0f} MB in fp32, the matrices "
             f"{(bits + kept) / 1e6:,.1f} MB in int8",
+            "training": self._takes(held),
         }
 
     def compress(
@@ -392,16 +404,18 @@ class Student(Pretraining):
 
 
 def masked_rows(ids_BT: Tensor, tokenizer: Any, probability: float, *, seed: int) -> Batch:
-    """A batch for masked-token prediction with the same number of targets in every row, as BERT's own data have it.
+    """A batch for masked-token prediction with the same share of targets in every row, as BERT's own data have it.
 
-    So the mean over a step does not depend on how the step is cut into micro-batches.
+    The share is of the row's tokens, special ones counted and padding not. Rows of blocks are full, so that the mean
+    over a step does not depend on how the step is cut into micro-batches.
     """
     random = torch.Generator().manual_seed(seed)
     noise_BT, kind_BT = torch.rand(2, *ids_BT.shape, generator=random)
     special_BT = torch.isin(ids_BT, torch.tensor([*tokenizer.all_special_ids]))
     noise_BT = noise_BT.masked_fill(special_BT, 2.0)
-    count = max(1, round(probability * ids_BT.shape[1]))
-    chosen_BT = (noise_BT.argsort(dim=1).argsort(dim=1) < count) & ~special_BT
+    real_BT = torch.ones_like(special_BT) if tokenizer.pad_token_id is None else ids_BT != tokenizer.pad_token_id
+    count_B1 = (probability * real_BT.sum(1, keepdim=True).double()).round().clamp(min=1)
+    chosen_BT = (noise_BT.argsort(dim=1).argsort(dim=1) < count_B1) & ~special_BT
     inputs_BT = ids_BT.clone()
     inputs_BT[chosen_BT & (kind_BT < 0.8)] = tokenizer.mask_token_id
     other_BT = torch.randint(len(tokenizer), ids_BT.shape, generator=random)

@@ -8,6 +8,7 @@ that OpenVINO runs is made of that very model, so what is trained is what is run
    their range, or runtime and training would disagree about the largest ones                     `_Clamp`, `Lock.apply`
 3. The IR, its int8 weights compared with the codes, scored in the runtime itself                          `_export`
 4. Codes and scales go into the sparse container: 0 is code 0, so the zeros of the student are zeros still  `_codes`
+   With `fast_path`, also the ranges that torch's 1x4 kernel needs, and a score of that kernel            `_ranges`
 
 `scheme="weights"` is for machines without NNCF and OpenVINO: codes by rounding alone, no training, computed in fp32.
 """
@@ -15,7 +16,7 @@ that OpenVINO runs is made of that very model, so what is trained is what is run
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from sentei import structure
 from sentei.checkpoint import sparse, zeros
-from sentei.export import openvino
+from sentei.export import openvino, torch_1x4
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once.pretrain import to_fp32
@@ -87,8 +88,8 @@ class Quantise(OnTask):
         """Quantise a model that `Transfer` made; its weights become code * scale, and zeros a superset of its zeros.
 
         Returns:
-            "scores" by place ("fp32", "torch", "openvino", "openvino f32") and part, "metric", "drop" (of the metric
-            in the runtime, on test rows), "bytes", "history", "seconds".
+            "scores" by place ("fp32", "torch", "openvino", "openvino f32", "torch_1x4") and part, "metric", "drop" (of
+            the metric in the runtime, on test rows; above 0 is worse), "bytes", "history", "seconds".
         Raises:
             ValueError: a dense model, a teacher that does not fit, a runtime that disagrees about a weight.
         """
@@ -104,6 +105,7 @@ class Quantise(OnTask):
         scores = {"fp32": _both(task, in_torch(model))}
         files: dict[str, Path] = {}
         extra: dict[str, Any] = {}
+        ranges: dict[str, dict[str, float]] = {}
         if self.scheme == "weights":
             with torch.no_grad():
                 codes = {name: _rounded(p) for name, p in self._matrices(model).items()}
@@ -128,15 +130,16 @@ class Quantise(OnTask):
             quantised.eval()
             codes = _codes(quantised, found)
             scores["torch"] = _both(task, in_torch(quantised))
+            if self.fast_path == "torch_1x4":
+                ranges = self._ranges(quantised, task, set(held.masks))
             say({"message": "converting to OpenVINO and scoring there"})
-            folder = (workdir or Path()) / "openvino"
-            extra, runs = self._export(quantised, task, codes, held, folder)
-            for place, forward in runs.items():
-                scores[place] = _both(task, forward)
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = (workdir or Path(scratch)) / "openvino"
+                extra, runs = self._export(quantised, task, codes, held, folder)
             if workdir is not None:
                 files["openvino"] = folder
-            else:
-                shutil.rmtree(folder)
+            for place, forward in runs.items():
+                scores[place] = _both(task, forward)
         with torch.no_grad():
             state = dict(model.named_parameters())
             if self.scheme != "weights":
@@ -146,18 +149,19 @@ class Quantise(OnTask):
             for name, (code, step) in codes.items():
                 state[name].copy_(code.float() * step.reshape(-1, *[1] * (code.ndim - 1)))
         model.eval()
+        if ranges:
+            scores["torch_1x4"] = _both(task, in_torch(torch_1x4.converted(model, codes, ranges)))
         after = {name: int((state[name] == 0).sum()) for name in held.masks}
         assert all(not bool(state[name][~mask].any()) for name, mask in held.masks.items())
-        metric = task.metric
         runtime = scores["openvino"] if "openvino" in scores else _both(task, in_torch(model))
         scores.setdefault("torch", runtime)
         return {
             "stage": "quantise",
             "scheme": self.scheme,
             "task": task.kind,
-            "metric": metric,
+            "metric": task.metric,
             "scores": scores,
-            "drop": scores["fp32"]["test"][metric] - runtime["test"][metric],
+            "drop": task.drop(scores["fp32"]["test"], runtime["test"]),
             "mask_sha256": held.checksum(),
             "sparsity": held.sparsity,
             "sparsity_int8": sum(after.values()) / sum(mask.numel() for mask in held.masks.values()),
@@ -166,7 +170,11 @@ class Quantise(OnTask):
             "seconds": time.monotonic() - started,
             "saving": {"files": files}
             | (
-                {"scales": {name: step for name, (_, step) in codes.items()}, "zstd": self.zstd}
+                {
+                    "scales": {name: step for name, (_, step) in codes.items()},
+                    "activations": ranges,
+                    "zstd": self.zstd,
+                }
                 if self.shape == "sparse"
                 else {}
             ),
@@ -189,32 +197,47 @@ class Quantise(OnTask):
 
     def _quantised(self, model: Any, task: Task) -> Any:
         """A copy of the model with quantisers, their ranges set on calibration rows."""
-        os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")  # two slow cores compile it for minutes
         import nncf  # pyright: ignore[reportMissingImports]  (an extra)
-        from nncf.quantization import advanced_parameters as advanced  # pyright: ignore[reportMissingImports]
 
         rows = task.encoded("train")[: self.calibration_rows]
         batches = [_calibration(task, rows, start) for start in range(0, len(rows), 4)]
-        fix = advanced.OverflowFix.ENABLE if self.fast_path == "torch_1x4" else advanced.OverflowFix.DISABLE
-        parameters = advanced.AdvancedQuantizationParameters(
-            overflow_fix=fix,
-            disable_bias_correction=True,
-            smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
-        )
-        if self.scheme == "int8_paper":
-            parameters.weights_quantization_params = advanced.QuantizationParameters(per_channel=False)
         model.config.use_cache = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing, in code that is not ours
             return nncf.quantize(
                 model.eval(),
                 nncf.Dataset(batches),
-                model_type=nncf.ModelType.TRANSFORMER,
-                preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(batches),
-                ignored_scope=nncf.IgnoredScope(types=list(SCOPES[self.scope]), validate=False),
-                advanced_parameters=parameters,
+                **nncf_arguments(self.scheme, self.scope, self.fast_path),
             )
+
+    def _ranges(self, quantised: Any, task: Task, locked: set[str]) -> dict[str, dict[str, float]]:
+        """Locked linear -> the trained range of its inputs, and the range of its outputs on calibration rows."""
+        inputs = _input_quantisers(quantised, _example(task), locked)
+        seen: dict[str, tuple[float, float]] = {}
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, given: Any, made: Tensor) -> None:
+                low, high = seen.get(name, (0.0, 0.0))
+                seen[name] = min(low, float(made.min())), max(high, float(made.max()))
+
+            return hook
+
+        handles = [quantised.get_submodule(name).register_forward_hook(watch(name)) for name in inputs]
+        rows = task.encoded("train")[: self.calibration_rows]
+        with torch.no_grad():
+            for start in range(0, len(rows), 4):
+                quantised(**_calibration(task, rows, start))
+        for handle in handles:
+            handle.remove()
+        found = {}
+        for name, quantiser in inputs.items():
+            _, _, in_scale, in_zp = quantiser.get_parameters_for_torch_fq()
+            out_scale, out_zp = torch_1x4.uint8_range(*seen[name])
+            found[name] = {
+                "in_scale": float(in_scale), "in_zp": int(in_zp), "out_scale": out_scale, "out_zp": out_zp,
+            }  # fmt: skip
+        return found
 
     def _export(
         self, quantised: Any, task: Task, codes: dict[str, tuple[Tensor, Tensor]], held: locks.Lock, folder: Path
@@ -249,6 +272,29 @@ class Quantise(OnTask):
             scales = {n: codes[n][1] for n in part if n in codes}
             table.setdefault("ours", {})[what] = sparse.size(part, scales=scales, zstd=self.zstd)
         return table
+
+
+def nncf_arguments(scheme: str = "int8", scope: str = "linear", fast_path: str = "none") -> dict[str, Any]:
+    """What `nncf.quantize` is told; also for whoever compares with a model quantised otherwise alike."""
+    openvino.check("quantisation")
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "900")  # two slow cores compile it for minutes
+    import nncf  # pyright: ignore[reportMissingImports]
+    from nncf.quantization import advanced_parameters as advanced  # pyright: ignore[reportMissingImports]
+
+    fix = advanced.OverflowFix.ENABLE if fast_path == "torch_1x4" else advanced.OverflowFix.DISABLE
+    parameters = advanced.AdvancedQuantizationParameters(
+        overflow_fix=fix,
+        disable_bias_correction=True,
+        smooth_quant_alphas=advanced.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+    )
+    if scheme == "int8_paper":
+        parameters.weights_quantization_params = advanced.QuantizationParameters(per_channel=False)
+    return {
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "preset": nncf.QuantizationPreset.MIXED,
+        "ignored_scope": nncf.IgnoredScope(types=list(SCOPES[scope]), validate=False),
+        "advanced_parameters": parameters,
+    }
 
 
 class _Clamp:
@@ -291,6 +337,51 @@ def _weight_quantisers(model: nn.Module, example: Batch) -> dict[str, Any]:
     finally:
         for handle in handles:
             handle.remove()
+    return found
+
+
+def _input_quantisers(model: nn.Module, example: Batch, weights: set[str]) -> dict[str, Any]:
+    """Name of a linear, of those whose weight is named -> the quantiser of its input, inside it or before it.
+
+    Raises:
+        ValueError: a linear gets fp32.
+    """
+    found: dict[str, Any] = {}
+    made: list[tuple[Tensor, nn.Module]] = []  # holding the tensors, so that no two have one address
+    inside: list[tuple[str, Tensor]] = []
+
+    def quantised(module: nn.Module, given: Any, output: Tensor) -> None:
+        made.append((output, module))
+        if inside and given[0].data_ptr() == inside[-1][1].data_ptr():
+            found[inside[-1][0]] = module
+
+    def enters(name: str) -> Any:
+        def hook(module: nn.Module, given: Any) -> None:
+            inside.append((name, given[0]))
+            for tensor, quantiser in made:
+                if tensor.data_ptr() == given[0].data_ptr():
+                    found[name] = quantiser
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(quantised)
+        for module in model.modules()
+        if type(module).__name__ == "AsymmetricQuantizer"
+    ]
+    for weight in weights:
+        linear = model.get_submodule(name := weight.removesuffix(".weight"))
+        handles.append(linear.register_forward_pre_hook(enters(name)))
+        handles.append(linear.register_forward_hook(lambda *a: inside.clear()))
+    try:
+        with torch.no_grad():
+            model.eval()(**example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    lost = sorted(weights - {f"{name}.weight" for name in found})
+    if lost:
+        raise ValueError(f"NNCF gave {len(lost)} locked matrices fp32 inputs, {lost[0]} first; report this")
     return found
 
 

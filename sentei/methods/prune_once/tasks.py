@@ -24,7 +24,14 @@ from sentei.evaluate import scores as scoring
 from sentei.evaluate import squad as squad_scoring
 from sentei.train import IGNORE, Batch, Batches, causal_batch, evaluating, shuffled
 
-KINDS = ("classification", "regression", "qa", "clm")
+METRICS: dict[str, tuple[str, ...]] = {  # by kind of the task; the first stands for it unless another is named
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "qa": ("f1", "exact_match"),
+    "clm": ("perplexity", "loss"),
+}
+KINDS = tuple(METRICS)
+SMALLER_IS_BETTER = ("perplexity", "loss")
 Forward = Callable[[Batch], Sequence[Tensor]]
 """Model inputs -> logits: one tensor, or start and end for question answering."""
 
@@ -36,6 +43,9 @@ class Task:
     Attributes:
         rows: `Examples`, or a `data.Text` for "clm".
         seq_len: tokens; longer inputs are cut, or cut to windows for "qa".
+        asked: the score that stands for the task, one of METRICS for its kind, or "auto".
+    Raises:
+        ValueError: a score that this kind of task, or a task of this many labels, does not have.
     """
 
     kind: str
@@ -43,7 +53,15 @@ class Task:
     tokenizer: Any
     seq_len: int
     stride: int = 128
+    asked: str = "auto"
     _made: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.asked not in ("auto", *METRICS[self.kind]):
+            known = ", ".join(METRICS[self.kind])
+            raise ValueError(f"metric is {self.asked!r}; a task of kind {self.kind} has auto, {known}")
+        if self.kind == "classification" and self.asked == "f1" and len(self.rows.labels) != 2:
+            raise ValueError(f"metric f1 is of two labels, the task has {len(self.rows.labels)}; use accuracy")
 
     def encoded(self, part: str) -> Any:
         """Token rows of a part (windows for "qa", blocks [N, T] for "clm"), made once."""
@@ -83,12 +101,13 @@ class Task:
         make = lambda chosen, n: self.collate([rows[i] for i in chosen.flatten().tolist()])  # noqa: E731
         return shuffled(places, size, seed=seed, make=make), count
 
-    def scores(self, forward: Forward, part: str, size: int = 32) -> dict[str, float]:
+    def scores(self, forward: Forward, part: str, size: int = 32) -> dict[str, Any]:
         """Scores of a part, by the kind of the task; correlations and shares are fractions of 1.
 
         Returns:
-            "accuracy", "matthews" and of two labels "f1"; "pearson" and "spearman"; "exact_match" and "f1"; or "loss"
-            (nats per token) and "perplexity".
+            "accuracy", "matthews" and of two labels "f1" (of the second label); "pearson" and "spearman", None where
+            one side is constant, with the reason in "undefined"; "exact_match" and "f1"; or "loss" (nats per token) and
+            "perplexity".
         """
         rows = self.encoded(part)
         if not len(rows):
@@ -119,7 +138,10 @@ class Task:
         labels = [row["targets"] for row in rows]
         if self.kind == "regression":
             predicted = [float(found[i][0]) for i in range(len(rows))]
-            return {name: scoring.score(name, predicted, labels) for name in ("pearson", "spearman")}
+            for what, numbers in (("prediction", predicted), ("label", labels)):
+                if len(set(numbers)) < 2:
+                    return dict.fromkeys(METRICS[self.kind]) | {"undefined": f"every {what} is {numbers[0]:g}"}
+            return {name: scoring.score(name, predicted, labels) for name in METRICS[self.kind]}
         chosen = [int(found[i][0].argmax()) for i in range(len(rows))]
         names = ["accuracy", "matthews"] + (["f1"] if len(self.rows.labels) == 2 else [])
         return {name: scoring.score(name, chosen, labels) for name in names}
@@ -127,7 +149,14 @@ class Task:
     @property
     def metric(self) -> str:
         """The score that stands for the task."""
-        return {"classification": "accuracy", "regression": "pearson", "qa": "f1", "clm": "perplexity"}[self.kind]
+        return METRICS[self.kind][0] if self.asked == "auto" else self.asked
+
+    def drop(self, before: dict[str, Any], after: dict[str, Any]) -> float | None:
+        """By how much the metric is worse in `after`, two results of `scores`; None where one of them has none."""
+        first, last = before.get(self.metric), after.get(self.metric)
+        if first is None or last is None:
+            return None
+        return last - first if self.metric in SMALLER_IS_BETTER else first - last
 
 
 def head(rows: Any, kind: str) -> dict[str, Any]:

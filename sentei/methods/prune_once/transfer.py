@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once import pattern as patterns
 from sentei.methods.prune_once.pretrain import to_fp32
 from sentei.methods.prune_once.schedule import Schedule, linear
-from sentei.methods.prune_once.tasks import KINDS, Task, TaskLoss, head, in_torch, kind_of
+from sentei.methods.prune_once.tasks import KINDS, METRICS, Task, TaskLoss, head, in_torch, kind_of
 from sentei.train import Settings, train
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -43,9 +43,10 @@ class OnTask:
     paper: ClassVar[str] = "arXiv 2111.05754"
     preset: str = option("cpu_mini", "paper, paper_squad, small_gpu or cpu_mini: epochs, batch_size, seq_len and lr")
     task: str = option("auto", "classification, regression, qa (SQuAD v1.1), clm (text); auto: by the labels")
+    metric: str = option("auto", "score that stands for the task: accuracy, f1, matthews, pearson and so on, by kind")
     label_field: str = option("label", "field of the rows that holds the label")
     pair_field: str | None = option(None, "field of a second text")
-    limit: int | None = option(None, "at most so many training rows", "[ours]")
+    limit: int | None = option(None, "at most so many training rows; clm: documents", "[ours]")
     validation_fraction: float = option(0.1, "of the training rows, held out where no validation file is given")
     held_limit: int | None = option(None, "at most so many rows of validation and of test", "[ours]")
     epochs: float | None = option(None, "times that every row is seen; paper 9, SQuAD 8", "public recipes")
@@ -76,6 +77,8 @@ class OnTask:
             raise ValueError(f"preset is one of {', '.join(self.presets)}; got {self.preset!r}")
         if self.task not in ("auto", *KINDS):
             raise ValueError(f"task is auto or one of {', '.join(KINDS)}; got {self.task!r}")
+        if self.metric not in (known := ["auto", *sorted({name for names in METRICS.values() for name in names})]):
+            raise ValueError(f"metric is one of {', '.join(known)}; got {self.metric!r}")
         for name, value in self.presets[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -94,7 +97,9 @@ class OnTask:
             "limit": self.limit, "held_limit": self.held_limit, "validation_fraction": self.validation_fraction,
         }  # fmt: skip
         if self.task == "clm":
-            return data.load(spec, text_field=text_field)
+            text = data.load(spec, text_field=text_field)
+            held = {part: getattr(text, part)[: self.held_limit] for part in ("validation", "test")}
+            return replace(text, train=text.train[: self.limit], **held)
         if self.task == "qa":
             return squad.load(spec, **limits)
         kind = None if self.task == "auto" else self.task
@@ -108,7 +113,7 @@ class OnTask:
     def _task(self, rows: Any, tokenizer: Any) -> Task:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return Task(kind_of(rows), rows, tokenizer, self.seq_len or 8, self.stride)
+        return Task(kind_of(rows), rows, tokenizer, self.seq_len or 8, self.stride, self.metric)
 
     def _settings(self, steps: int) -> Settings:
         return Settings(
@@ -217,7 +222,7 @@ class Transfer(OnTask):
         if self.lock:
             held = locks.Lock.on_zeros(locks.lockable(model), model.name_or_path)
         else:
-            held = locks.Lock(locks.lockable(model) if self.prune else {})
+            held = locks.Lock(locks.prunable(model) if self.prune else {})
         if self.prune:
             schedule = Schedule.of(self._steps(task), warmup=0.01, start=0.0, end=0.5, freeze=0.8, every=0.01)
         to_fp32(model)
