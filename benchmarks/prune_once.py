@@ -6,13 +6,15 @@
 
 Every row has the same corpus, teacher, tokens, tokenizer and transfer recipe:
 
-dense            A's output, fine-tuned: the ceiling, and the task teacher of all others
+dense            A's output, fine-tuned at a usual dense rate: the task teacher of all others
+dense, same ...  A's output, fine-tuned with the teacher by the recipe of the sparse rows: what they are held against
 prune once       the method: pruned in pre-training with the teacher, pattern locked; then int8
 1x4              the same in blocks of four
 one-shot         (a) A's output pruned at once by magnitude, then fine-tuned with the pattern locked
 random           the same with a random pattern of the same sparsity: the floor
 no distillation  (b) pruned in pre-training without the teacher
-per task         (c) A's output, pruned gradually while it is fine-tuned, for every task anew
+per task         (c) A's output, pruned gradually while it is fine-tuned, for every task anew, on as many tokens more
+                 as the student's pre-training took for each of the tasks
 small dense      (d) as many layers as take the same int8 bytes, trained on the same tokens against the teacher
 
 Checkpoints that rows share stay in --work; a second run makes the rows that are missing.
@@ -37,8 +39,21 @@ import sentei
 from sentei import checkpoint, structure
 from sentei.checkpoint import sparse, zeros
 from sentei.methods.prune_once import lock, pattern
+from sentei.methods.prune_once.tasks import Task, kind_of
+from sentei.recipe import make_method
 
-KINDS = ("dense", "prune once", "1x4", "one-shot", "random", "no distillation", "per task", "small dense")
+KINDS = (
+    "dense",
+    "dense, same recipe",
+    "prune once",
+    "1x4",
+    "one-shot",
+    "random",
+    "no distillation",
+    "per task",
+    "small dense",
+)
+GIVEN = ("data", "text_field")  # to `compress`, not to the method
 SPARSE = ("prune once", "1x4", "one-shot", "random", "no distillation", "per task")
 
 
@@ -58,6 +73,7 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
             "data": {"train": str(glue / "mrpc/train.tsv"), "test": str(glue / "mrpc/test.tsv")},
             "text_field": "sentence1",
             "pair_field": "sentence2",
+            "metric": "f1",
         },
         "stsb": {
             "data": {part: str(glue / f"stsb/{file}.tsv") for part, file in PARTS.items()},
@@ -73,6 +89,7 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
                 "test": str(glue / "cola/out_of_domain_dev.tsv"),
             },
             "text_field": "sentence",
+            "metric": "matthews",
         },
         "subj": {"data": str(root / "text_cls/subj.jsonl.gz")},
         "squad": {
@@ -85,6 +102,8 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+SHOWN = {"mrpc": ("accuracy", "f1"), "stsb": ("pearson", "spearman"), "squad": ("exact_match", "f1")}
+"""Scores in the table, where a task has more than the one that stands for it."""
 PARTS = {"train": "train", "validation": "dev", "test": "test"}
 
 
@@ -121,18 +140,18 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
     teacher = dense_task(args, task, seed)
     if kind == "dense":
         return {"scores": record_of(teacher)["scores"], "metric": record_of(teacher)["metric"]} | sizes(teacher)
-    start = shared(args, kind, sparsity)
-    place = work / "tasks" / f"{kind}-{sparsity}-{task}-{seed}".replace(" ", "-")
+    start = teacher_of(args) if kind == "dense, same recipe" else shared(args, kind, sparsity)
+    place = work / "tasks" / f"{kind}-{sparsity}-{task}-{seed}".replace(" ", "-").replace(",", "")
     fields = how(args, task, seed)
     if kind == "per task":
         fields |= {"lock": False, "prune": sparsity}
-        # Equal tokens: what the student saw in pre-training is added to this task's fine-tuning, up to a limit.
-        fields["epochs"] = fields["epochs"] * args.per_task_epochs
-    if kind == "small dense":
+        fields["epochs"] += pretraining_epochs(args, task, seed)
+    if kind in ("small dense", "dense, same recipe"):
         fields |= {"lock": False}
     once(place, lambda: sentei.compress(start, method="prune_once_transfer", teacher=teacher, out=place, **fields))
     record = record_of(place)
-    row = {"scores": record["scores"], "metric": record["metric"], "mask_sha256": record["mask_sha256"]} | sizes(place)
+    row = {name: record[name] for name in ("scores", "metric", "mask_sha256")} | sizes(place)
+    row["epochs"] = fields["epochs"]
     if kind in ("prune once", "1x4") and not args.no_int8:
         quantised = place.with_name(f"{place.name}-int8")
         extra = {"fast_path": "torch_1x4"} if kind == "1x4" else {}
@@ -168,6 +187,16 @@ def how(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
     return fields | {
         "epochs": args.epochs, "lr": args.lr, "seed": seed, "limit": args.limit, "held_limit": args.held_limit,
     }  # fmt: skip
+
+
+def pretraining_epochs(args: argparse.Namespace, task: str, seed: int) -> float:
+    """Epochs of the task that take as many tokens as its share of the student's pre-training, which all tasks share."""
+    method = make_method("prune_once_transfer", {k: v for k, v in how(args, task, seed).items() if k not in GIVEN})
+    rows = method.read(tasks(Path(args.data))[task]["data"], how(args, task, seed).get("text_field", "text"))
+    _, tokenizer = checkpoint.load(teacher_of(args))
+    coded = Task(kind_of(rows), rows, tokenizer, method.seq_len, method.stride).encoded("train")
+    epoch = sum(len(row["input_ids"]) for row in coded)
+    return args.steps * args.batch_size * args.seq_len / len(args.tasks) / epoch
 
 
 def pretraining(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,7 +275,7 @@ def record_of(place: Path) -> dict[str, Any]:
 def sizes(place: Path) -> dict[str, int]:
     file = next(file for file in place.glob("model*.safetensors"))
     model, _ = checkpoint.load(place, dtype="float32")
-    matrices = lock.lockable(model)
+    matrices = lock.prunable(model)
     whole = {"bytes": file.stat().st_size, "zeros": int(sum((p == 0).sum() for p in matrices.values()))}
     state = {name: tensor for name, tensor in zeros.unique(model).items() if name in matrices}
     return whole | {"matrices": sparse.size(state) if file.name == sparse.FILE else 0}
@@ -255,33 +284,45 @@ def sizes(place: Path) -> dict[str, int]:
 def markdown(table: dict[str, Any]) -> str:
     """Mean and spread over seeds of each task's score (per cent), test rows; then int8 and bytes."""
     rows = table["rows"]
-    names = list(dict.fromkeys(row["task"] for row in rows))
+    first = {row["task"]: row["metric"] for row in rows}
+    names = [(task, metric) for task in first for metric in SHOWN.get(task, (first[task],))]
     lines = [f"{table['model']}; {table['machine']}; test rows, mean ± standard deviation over seeds", ""]
-    lines += ["| | sparse | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    lines += ["| | sparse | " + " | ".join(" ".join(of) for of in names) + " |", "|---|---|" + "---|" * len(names)]
     for label, pick in (("", lambda row: row["scores"]), (", int8 in OpenVINO", lambda row: int8_scores(row))):
         for kind in KINDS:
             for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
                 chosen = [row for row in rows if row["kind"] == kind and row["sparsity"] == sparsity]
-                cells = [cell([pick(row) and pick(row)["test"][row["metric"]] for row in chosen if row["task"] == name])
-                         for name in names]  # fmt: skip
+                cells = [
+                    cell([pick(row) and pick(row)["test"].get(metric) for row in chosen if row["task"] == task])
+                    for task, metric in names
+                ]
                 if any(c != "-" for c in cells):
                     lines.append(f"| {kind}{label} | {sparsity:.0%} | " + " | ".join(cells) + " |")
-    lines += ["", "| int8 | sparse | file MB | matrices MB | of fp32 matrices | int8 + zstd -19 | drop, points |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += ["", "Bytes on disk, in brackets how many times smaller than fp32: prunable matrices, whole model", ""]
     for kind in ("prune once", "1x4"):
         for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
             made = [
                 row["int8"] for row in rows if row["kind"] == kind and row["sparsity"] == sparsity and "int8" in row
             ]
             if made:
-                table_of = made[0]["bytes"]
-                ours, fp32, rival = (table_of[name]["matrices"] for name in ("ours", "fp32", "int8 + zstd -19"))
-                drop = statistics.mean(100 * one["drop"] for one in made)
-                lines.append(
-                    f"| {kind} | {sparsity:.0%} | {made[0]['bytes']['ours']['whole'] / 1e6:.2f} | {ours / 1e6:.3f} | "
-                    f"{fp32 / ours:.1f}x | {fp32 / rival:.1f}x | {drop:.2f} |"
-                )
+                drops = [100 * one["drop"] for one in made if one["drop"] is not None]
+                drop = f"{statistics.mean(drops):.2f} points" if drops else "not known"
+                lines += [f"{kind}, {sparsity:.0%}; drop by int8: {drop}", ""]
+                lines += [*byte_lines(made[0]["bytes"]), ""]
     return "\n".join(lines)
+
+
+def byte_lines(forms: dict[str, Any]) -> list[str]:
+    """A line per form: fp32, fp16, int8, int8 + zstd, ours; of the runtime's IR, the whole model."""
+    lines = ["| | matrices MB | whole model MB |", "|---|---|---|"]
+    for form, of in forms.items():
+        sizes = of if isinstance(of, dict) else {"whole": of}
+        cells = [
+            f"{sizes[what] / 1e6:.3f} ({forms['fp32'][what] / sizes[what]:.1f}x)" if what in sizes else "-"
+            for what in ("matrices", "whole")
+        ]
+        lines.append(f"| {form} | {cells[0]} | {cells[1]} |")
+    return lines
 
 
 def int8_scores(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -310,7 +351,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--pretrain-lr", type=float, default=1e-4)
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--per-task-epochs", type=float, default=2, help="the rival per task gets so many times more")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dense-lr", type=float, default=5e-5)
     parser.add_argument("--int8-epochs", type=float, default=1)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from sentei import checkpoint, structure
 from sentei.checkpoint import sparse
 from sentei.export import openvino
+from sentei.methods.prune_once.quantise import nncf_arguments
 
-FLOAT = ["embedding", "matmul", "scaled_dot_product_attention"]  # as in prune_once_quantise
 OPTION = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.5}
 
 
@@ -59,6 +59,9 @@ def main() -> None:
             if any(key.items() <= row.items() for row in table["models"]):
                 continue
             made = made or models(args)
+            table["precision"] = {
+                name: {"INFERENCE_PRECISION_HINT": of[1], **of[2]} for name, of in made.items() if name != "model"
+            }
             table["models"].append(key | time_models(made, args, threads, length))
             write(out, table)
             print(key, {name: f"{1000 * t['median']:.2f} ms" for name, t in table["models"][-1]["seconds"].items()})
@@ -72,7 +75,9 @@ def main() -> None:
 
 
 def models(args: argparse.Namespace) -> dict[str, Any]:
-    """Name -> (IR, precision, options). The int8 rivals come from the same NNCF and runtime."""
+    """Name -> (IR, precision, options). The int8 rivals come from the same NNCF, its same settings, and runtime."""
+    fields = json.loads((Path(args.sparse) / "compression.json").read_text())["stages"][-1]["fields"]
+    same = nncf_arguments(*(fields[name] for name in ("scheme", "scope", "fast_path")))  # and no telemetry from here
     import nncf
 
     dense, _ = checkpoint.load(args.dense, dtype="float32")
@@ -83,10 +88,9 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
         quantised = nncf.quantize(
             copy.deepcopy(dense),
             nncf.Dataset([inputs(dense, 2, 32, seed) for seed in range(8)]),
-            model_type=nncf.ModelType.TRANSFORMER,
             subset_size=8,
-            ignored_scope=nncf.IgnoredScope(types=FLOAT, validate=False),
-        )  # fmt: skip
+            **same,
+        )
         plain, int8 = (openvino.convert(model, batch, causal=causal) for model in (dense, quantised))
     small = Path(args.sparse) / "openvino" / openvino.MODEL
     if not small.is_file():
@@ -235,7 +239,27 @@ def markdown(table: dict[str, Any]) -> str:
                 f"| {shape} | {row['threads']} | {row['length']} | {row['zeros']:.0%} | {us['torch fp32']:.0f} | "
                 f"{us['torch int8']:.0f} | {us['torch 1x4']:.0f} | {judged} | {row['largest error, steps']:.0f} |"
             )
+        lines += ["", *wins(table["layers"])]
     return "\n".join(lines)
+
+
+def wins(layers: list[dict[str, Any]]) -> list[str]:
+    """Where the 1x4 kernel is faster than each rival, beyond noise."""
+    lines = []
+    for rival in ("torch int8", "torch fp32"):
+        judged = [(row, verdict(row["seconds"]["torch 1x4"], row["seconds"][rival])) for row in layers]
+        where = [
+            f"{'x'.join(map(str, row['shape']))} at {row['length'] * row['batch']} tokens, {row['threads']} threads "
+            f"({said.split()[0]})"
+            for row, said in judged
+            if said.endswith("faster")
+        ]
+        slower = sum(said.endswith("slower") for _, said in judged)
+        lines.append(
+            f"1x4 against {rival}: faster in {len(where)} of {len(layers)}, slower in {slower}, the rest within noise"
+            + (f". Faster: {'; '.join(where)}" if where else "")
+        )
+    return lines
 
 
 def arguments() -> argparse.Namespace:
