@@ -13,6 +13,7 @@ import yaml
 from conftest import tiny_model
 
 from sentei import checkpoint, recipe
+from sentei.recipe import stage
 from sentei.recipe.fields import convert
 
 TINY = {"calibration_samples": 4, "calibration_seq_len": 16}
@@ -399,3 +400,14 @@ def test_a_rehearsal_leaves_the_model_alone():
     twin, _ = shadow(job, model, structure.units(model, "layers"))
     assert twin.config.num_hidden_layers == len(twin.config.layer_types) == 2
     assert model.config.num_hidden_layers == len(model.config.layer_types) == 4
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_leave_together(rank, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(stage, "meet", lambda: seen.append((tmp_path / ".out.work").exists()))
+    with stage.work_folder(tmp_path / "out", {}) as folder:
+        folder.mkdir(exist_ok=True)
+        assert len(seen) == 1  # the first one has made the folder
+    assert len(seen) == 2 and (rank == "1" or seen == [True, False])

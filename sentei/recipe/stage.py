@@ -289,6 +289,7 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
     if not first_process():
         meet()
         yield folder
+        meet()  # nobody goes on to a checkpoint that is not there yet
         return
     stamp = folder / STAMP
     if folder.exists() and (not stamp.exists() or yaml.safe_load(stamp.read_text(encoding="utf-8")) != resolved):
@@ -307,6 +308,7 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
                     place.rmdir()
         raise
     shutil.rmtree(folder)
+    meet()
 
 
 def state_of(out: Path) -> Path:
