@@ -184,31 +184,36 @@ def markdown(table: dict[str, Any]) -> str:
     context = {"128": "WikiText-2, 128", "1024": "WikiText-2, 1024"}
     first = table["rows"][0]
     blocks = ", ".join(f"{first['perplexity'][c]['blocks']} blocks of {c}" for c in context)
+    steps = sorted({row["heal_steps"] for row in table["rows"] if row["healed"]})
+    healing = f"Healed: {'/'.join(map(str, steps))} steps of LoRA on the same text, KL to the parent. " if steps else ""
     lines = [
         f"{table['model']}, {table['dtype'].removeprefix('torch.')}, {table['machine']}. Perplexity on WikiText-2 raw "
         f"test ({blocks} tokens); zero-shot: mean accuracy of PIQA, ARC-easy, HellaSwag and WinoGrande, first "
         f"{first.get('zero_shot_limit', 0)} rows of each. All calibrated on {table['calibration']['blocks']} blocks of "
-        f"{table['calibration']['tokens']} tokens of {table['calibration']['name']} (WikiText-103). Seconds and memory "
-        "are of the search.",
+        f"{table['calibration']['tokens']} tokens of {table['calibration']['name']} (WikiText-103). {healing}Seconds "
+        "and memory are of the search.",
         "",
-        "| removed of layers | method | compensation | " + " | ".join(context.values()) + " | zero-shot | s | MB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| removed of layers | method | compensation | {' | '.join(context.values())} | zero-shot "
+        "| healed: 128 | healed: 1024 | healed: zero-shot | s | MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[Any, list[dict[str, Any]]] = {}
+    groups: dict[Any, dict[bool, list[dict[str, Any]]]] = {}
     for row in table["rows"]:
-        groups.setdefault((row["sparsity"], row["healed"], row["method"]), []).append(row)
+        groups.setdefault((row["sparsity"], row["method"]), {False: [], True: []})[row["healed"]].append(row)
+
+    def scores(rows: list[dict[str, Any]]) -> list[str]:
+        cells = [spread([row["perplexity"][c]["value"] for row in rows]) for c in context]
+        return [*cells, spread([row["zero_shot_mean"] for row in rows if "zero_shot_mean" in row], 3)]
 
     def order(key: Any) -> Any:
-        return key[0], key[1], statistics.mean(row["perplexity"]["128"]["value"] for row in groups[key])
+        return key[0], statistics.mean(row["perplexity"]["128"]["value"] for row in groups[key][False])
 
-    for sparsity, healed, method in sorted(groups, key=order):
-        rows = groups[sparsity, healed, method]
-        cells = [spread([row["perplexity"][c]["value"] for row in rows]) for c in context]
-        cells.append(spread([row["zero_shot_mean"] for row in rows if "zero_shot_mean" in row], 3))
-        cells += [spread([row[key] for row in rows if key in row], 0) for key in ("search_seconds", "search_peak_mb")]
-        used = "/".join(sorted({row.get("compensation", "") for row in rows}))
-        name = f"{method}, healed {rows[0]['heal_steps']} steps" if healed else method
-        lines.append(f"| {rows[0].get('removed_of_layers', 0):.1%} | {name} | {used} | {' | '.join(cells)} |")
+    for sparsity, method in sorted(groups, key=order):
+        plain, healed = groups[sparsity, method][False], groups[sparsity, method][True]
+        cells = scores(plain) + scores(healed)
+        cells += [spread([row[key] for row in plain if key in row], 0) for key in ("search_seconds", "search_peak_mb")]
+        used = "/".join(sorted({row.get("compensation", "") for row in plain}))
+        lines.append(f"| {plain[0].get('removed_of_layers', 0):.1%} | {method} | {used} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
