@@ -75,15 +75,17 @@ def test_kill_minus_nine_at_twenty_moments(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sentei.methods.policy_gradient", "transformers.models.llama.modeling_llama"])
 
-    def run(folder, result, seconds=None):
+    def run(folder, result, seconds=None, after_a_save=False):
+        before = saved_steps(folder)
         process = context.Process(target=in_its_own_process, args=(str(folder), str(result)))
         process.start()
+        while after_a_save and process.is_alive() and saved_steps(folder) == before:
+            time.sleep(0.002)
         process.join(seconds)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             process.join()
 
-    began = time.monotonic()
     run(tmp_path / "whole", tmp_path / "whole.json")  # pays for the start of the server
     whole = json.loads((tmp_path / "whole.json").read_text())
     began = time.monotonic()
@@ -95,7 +97,10 @@ def test_kill_minus_nine_at_twenty_moments(tmp_path):
         assert attempts < 80, f"of {attempts} runs {kills} lived long enough to be killed, {later} had saved before"
         folder, result = tmp_path / str(attempts % 4), tmp_path / f"{attempts}.json"
         before = saved_steps(folder)
-        run(folder, result, moments.uniform(0.05, 0.7) * took)
+        if attempts % 2:  # at any moment; most of the time goes into the start of a process
+            run(folder, result, moments.uniform(0.05, 0.7) * took)
+        else:  # soon after a save
+            run(folder, result, moments.uniform(0.0, 0.1) * took, after_a_save=True)
         if result.exists():  # killed before, perhaps, and done now: start another
             assert json.loads(result.read_text())["found"] == whole["found"]
             shutil.rmtree(folder)
