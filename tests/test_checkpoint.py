@@ -532,6 +532,7 @@ REFUSALS = {
     ),
     "no tokenizer": (no_tokenizer, "has no tokenizer"),
     "a tokenizer's code": (tokenizer_code, "--trust-remote-code"),
+    "labels without end": (spoil_config(num_labels=10**10), "from 1 to 1,000,000"),
     "a size of the wrong kind": (spoil_config(hidden_size="many"), "hidden_size"),
 }
 

@@ -26,6 +26,7 @@ Model = transformers.PreTrainedModel
 Tokenizer = transformers.PreTrainedTokenizerBase
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+MOST_LABELS = 1_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -330,6 +331,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path} names no model_type; expected the config.json of a transformers model")
     structure.family(config["model_type"])
+    labels = config.get("num_labels", 2)
+    if not isinstance(labels, int) or not 0 < labels <= MOST_LABELS:  # transformers makes a name for each at once
+        raise ValueError(f"{path} has num_labels {labels!r}; expected a number from 1 to {MOST_LABELS:,}")
     if config.get("auto_map") and not _is_ours(config) and not trust_remote_code:
         raise ValueError(
             f"{folder} brings its own Python code (auto_map in config.json), which is not run without your consent: "
