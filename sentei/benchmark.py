@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sentei import checkpoint, structure
+from sentei.atomic import can_write, write_text
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 # A measurement shorter than this is repeated inside its round: a timer's noise must not look like the model's.
@@ -131,14 +132,13 @@ def run(
     result = _compare(sides, seconds, settings | {"rounds": rounds, "warmup": warmup})
     result["machine"]["load_average_before"] = round(load_average, 2)
     if out is not None:
-        _write(out, json.dumps(result, indent=1) + "\n")
+        write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
 
 def _check_out(out: Path) -> None:
     """Minutes of measuring should not end in a file that cannot be written, or on top of one that is something else."""
-    place = next(folder for folder in out.absolute().parents if folder.exists())
-    if out.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+    if out.is_dir() or not can_write(out):
         raise ValueError(f"cannot write {out}; give another file by --json (json_path)")
     if not out.exists():
         return
@@ -148,18 +148,6 @@ def _check_out(out: Path) -> None:
         older = None
     if not isinstance(older, dict) or "speedups" not in older:
         raise ValueError(f"{out} exists and is no benchmark: not replaced; give another file by --json (json_path)")
-
-
-def _write(out: Path, text: str) -> None:
-    """Whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(out)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _check_counts(smallest: int, **counts: int) -> None:

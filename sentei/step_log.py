@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sentei.atomic import write_text
+
 
 class StepLog:
     """Lines of a run, each with its "step"; a run that goes on after a stop writes the steps that it makes again anew.
@@ -30,11 +32,8 @@ class StepLog:
     def _keep_before(self, step: int) -> None:
         """Forget the lines of this step and later ones, of a killed run or of another one."""
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        part = self.path.with_name(f".{self.path.name}.part")
-        part.write_text("".join(f"{line}\n" for line in lines if _step(line) < step), encoding="utf-8")
-        part.replace(self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in lines if _step(line) < step))
 
 
 def _step(line: str) -> float:

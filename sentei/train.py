@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,6 +31,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+
+from sentei.atomic import replacing
 
 Batch = dict[str, Tensor]
 """Model inputs plus "targets": what each position (or row) should predict, already shifted; -100: nothing is asked."""
@@ -151,6 +152,16 @@ def learning_rate(settings: Settings, progress: float) -> float:
 def mix(*parts: object) -> int:
     """A seed from anything printable, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Of the sum of every weight's bits as whole numbers: quick, exact in any order, and any training changes it."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found = [
+        (name, tuple(p.shape), str(p.dtype), int(p.detach().contiguous().view(whole[p.element_size()]).sum()))
+        for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def causal_batch(ids_BT: Tensor, mask_BT: Tensor | None = None, answer_BT: Tensor | None = None) -> Batch:
@@ -409,11 +420,10 @@ def _gradients(
 
 def _digest(model: nn.Module, trained: dict[str, nn.Parameter], settings: Settings, fingerprint: str) -> str:
     """What must be equal for a checkpoint to belong to this run: settings, and the weights that it starts from."""
-    sums = {name: [list(p.shape), float(p.detach().double().sum())] for name, p in model.named_parameters()}
     # Saving more often changes no number, and what is left of a time limit differs from sitting to sitting.
     same = {"save_every": None, "seconds": None, "fingerprint": fingerprint, "trained": sorted(trained)}
     how = asdict(settings) | same
-    return hashlib.sha256(json.dumps([sums, how], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([weights_digest(model), how], sort_keys=True).encode()).hexdigest()
 
 
 def _save(
@@ -425,15 +435,10 @@ def _save(
     counters: tuple[int, int, int, float],
 ) -> None:
     """Write a checkpoint beside the old one and put it in its place in one move: a kill at any moment leaves one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     parameters = {name: p.detach() for name, p in trained.items()}
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        whole = {"run": run, "counters": counters, "parameters": parameters, "optimizer": optimizer.state_dict()}
-        torch.save(whole | {"state": state}, temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    whole = {"run": run, "counters": counters, "parameters": parameters, "optimizer": optimizer.state_dict()}
+    with replacing(file) as part:
+        torch.save(whole | {"state": state}, part)
 
 
 def _restore(

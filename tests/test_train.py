@@ -1,5 +1,6 @@
 """The training loop and the losses against a teacher, on toys."""
 
+import copy
 import itertools
 import math
 from contextlib import closing
@@ -19,6 +20,7 @@ from sentei.train import (
     masked_batch,
     shuffled,
     train,
+    weights_digest,
 )
 
 SIZES = {
@@ -428,3 +430,16 @@ def test_only_a_chunk_of_logits_exists_at_a_time(blocks):
     model.set_output_embeddings(watched)
     distill.Distillation(chunk=32)(model, causal_batch(blocks))["loss"].backward()
     assert max(rows) == 32 and sum(rows) == blocks.numel() - len(blocks)
+
+
+def test_the_digest_of_weights_sees_the_last_bit_and_the_dtype():
+    model = nn.Sequential(nn.Linear(300, 70), nn.Linear(70, 3)).double()
+    before = weights_digest(model)
+    assert weights_digest(copy.deepcopy(model)) == before
+    with torch.no_grad():
+        weight = model[0].weight
+        weight[17, 123] = torch.nextafter(weight[17, 123], torch.tensor(9.0, dtype=torch.double))
+    assert weights_digest(model) != before
+    zeros = nn.Linear(2, 2, bias=False)
+    zeros.weight.data.zero_()
+    assert weights_digest(zeros) != weights_digest(zeros.bfloat16())

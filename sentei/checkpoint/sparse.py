@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -44,6 +43,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
+
+from sentei.atomic import replacing
 
 FILE = "model.sparse.safetensors"
 FORMAT, VERSION = "sentei-sparse", "2"
@@ -163,12 +164,8 @@ def write(
     about = {"codec": codec, "bytes": len(raw), "crc32": _crc(raw)}
     metadata = {"format": FORMAT, "version": VERSION, "manifest": json.dumps(about, separators=(",", ":"))}
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(parts, temporary, metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as part:
+        save_file(parts, part, metadata=metadata)
     return path.stat().st_size
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sentei.atomic import can_write
 from sentei.cli.flags import check_flags, methods, nearest, parsers
 from sentei.cli.show import Progress, adapter_sizes, print_benchmark, print_measurements, sizes
 
@@ -192,8 +193,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _check_json(file: Path) -> None:
     """Before an hour of measuring; `sentei.evaluate` looks at what is in a file that exists."""
-    place = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+    if file.is_dir() or not can_write(file):
         raise ValueError(f"cannot write {file}; give another file by --json")
 
 

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sentei import data
+from sentei.atomic import write_text
 from sentei.evaluate.loss import is_masked_lm, masked_lm, perplexity, perplexity_text
 
 __all__ = ["is_masked_lm", "masked_lm", "perplexity", "perplexity_text", "run", "tasks", "write_measurements"]
@@ -158,16 +157,7 @@ def write_measurements(path: str | Path, measurements: Sequence[dict[str, Any]])
     path = Path(path)
     new = {_key(measurement): measurement for measurement in measurements}
     merged = [new.pop(_key(old), old) for old in _read_measurements(path)] + list(new.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(merged, file, indent=1, allow_nan=False)
-            file.write("\n")
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(merged, indent=1, allow_nan=False) + "\n")
 
 
 def _read_measurements(path: Path) -> list[dict[str, Any]]:

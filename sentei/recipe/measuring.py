@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from sentei.atomic import write_text
 from sentei.methods import Progress
 from sentei.recipe.fields import check_keys, check_type, method_fields
-from sentei.recipe.stage import write
 
 if TYPE_CHECKING:
     from sentei.recipe.running import Recipe
@@ -178,5 +178,5 @@ def generate(recipe: Recipe, parent: str, child: Path, say: Progress) -> list[di
             with torch.inference_mode():
                 answer = model.generate(**ids, max_new_tokens=recipe.new_tokens, do_sample=False)
             row[side] = tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    write(child / "generation.json", json.dumps(rows, indent=1) + "\n")
+    write_text(child / "generation.json", json.dumps(rows, indent=1) + "\n")
     return rows

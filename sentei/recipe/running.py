@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from sentei import methods
+from sentei.atomic import write_text
 from sentei.methods import Progress
 from sentei.recipe.fields import check_keys, check_type, make_method, method_fields
 from sentei.recipe.gates import judge, parse_gate, values_of
@@ -28,7 +29,6 @@ from sentei.recipe.stage import (
     parent_of,
     silent,
     state_of,
-    write,
     write_yaml,
 )
 
@@ -178,7 +178,7 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
         stored = json.loads((last / "prunepeft.json").read_text(encoding="utf-8"))["record"]
         found = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe), "gates": []}
         found |= {"status": stored["status"], "metric": stored["metric"], "parameters": stored["parameters"]}
-        write(Path(recipe.result) if recipe.result else out / "result.json", json.dumps(found, indent=1) + "\n")
+        write_text(Path(recipe.result) if recipe.result else out / "result.json", json.dumps(found, indent=1) + "\n")
         return found
     result: dict[str, Any] = {"checkpoint": str(last), "parent": model, "recipe": dataclasses.asdict(recipe)}
     if recipe.evaluate:
@@ -205,7 +205,7 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
         result["report"] = str(pages.write(out / "parent" if recipe.evaluate else model, folders, out / recipe.report))
     result["values"] = values_of(result, last)
     result["gates"] = [judge(gate, result["values"]) for gate in recipe.gates]
-    write(Path(recipe.result) if recipe.result else out / "result.json", json.dumps(result, indent=1) + "\n")
+    write_text(Path(recipe.result) if recipe.result else out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -331,4 +331,4 @@ class _Done:
         self._write()
 
     def _write(self) -> None:
-        write(self.path, json.dumps({"stale": self.stale, **self.steps}, indent=1) + "\n")
+        write_text(self.path, json.dumps({"stale": self.stale, **self.steps}, indent=1) + "\n")

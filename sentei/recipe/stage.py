@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from sentei import methods
+from sentei.atomic import can_write, nearest_folder, write_text
 from sentei.methods import Progress
 from sentei.recipe.fields import make_method
 
@@ -210,8 +211,8 @@ class Job:
 
 def _check_space(out: Path, need: int) -> None:
     """The result is at most as large as the weights it comes from."""
-    place = next(folder for folder in out.absolute().parents if folder.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
+    place = nearest_folder(out)
+    if not can_write(out):
         raise ValueError(f"cannot write to {place}; give another --out")
     free = shutil.disk_usage(place).free
     if free < need:
@@ -330,20 +331,8 @@ def meet() -> None:
 
 
 def write_yaml(path: Path, content: Any) -> None:
-    write(path, _yaml(content))
+    write_text(path, _yaml(content))
 
 
 def _yaml(content: Any) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=False, width=120)
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

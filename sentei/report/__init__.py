@@ -33,8 +33,8 @@ From each child's folder; every file and every field may be missing, and the pag
      "machine": {"cpu": "...", "cores": 2, ...}, "notes": ["..."]}
 
 The list of measurements alone will do too. Two rows are the same measurement when metric, dataset (of a path, the
-file's name), split, slice, part, sha256, context, stride, bos, blocks, limit and num_fewshot agree; only such rows are
-compared. Accuracies are fractions of 1. "samples" and "tokens" are shown.
+file's name), split, slice, part, sha256, context, stride, bos, blocks, limit, num_fewshot, template and seq_len agree;
+only such rows are compared. Accuracies are fractions of 1. "samples" and "tokens" are shown.
 
 `bench.json` (benchmark.run)::
 
@@ -59,11 +59,10 @@ numeric field is drawn; `validation_*`, `eval_*` and `test_*` share the plot of 
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from sentei.atomic import write_text
 from sentei.report import page, reading, table
 
 __all__ = ["markdown", "write"]
@@ -95,9 +94,8 @@ def write(
     for file in (out, out.with_suffix(".md")):
         if file.exists() and not force:
             raise ValueError(f"{file} exists; give another --out, or --force (force=True) to replace it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(out, page.html(report))
-    _replace(out.with_suffix(".md"), table.markdown(report))
+    write_text(out, page.html(report))
+    write_text(out.with_suffix(".md"), table.markdown(report))
     return out
 
 
@@ -108,18 +106,3 @@ def markdown(parent: str | Path | None, children: Sequence[str | Path] | str | P
 
 def _several(children: Sequence[str | Path] | str | Path) -> list[str | Path]:
     return [children] if isinstance(children, str | Path) else list(children)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write in one piece: a reader sees the old page or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes a file that only we can read
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

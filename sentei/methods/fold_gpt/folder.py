@@ -10,7 +10,6 @@ Shape legend: T tokens, O outputs and I inputs of a linear, R rank.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import folding, importance, masks, structure
+from sentei.atomic import write_text
 from sentei.importance import Moments, Tick
 from sentei.methods.fold_gpt.judge import TINY, Judge, low_rank, output_scale
 from sentei.train import mix
@@ -380,10 +380,7 @@ class Folder:
     def _remember(self, name: str, group: Group) -> None:
         self.known[name] = group
         if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-            part.write_text(json.dumps({"identity": self.identity, "known": self.known}), encoding="utf-8")
-            part.replace(self.file)
+            write_text(self.file, json.dumps({"identity": self.identity, "known": self.known}))
 
     def _restore(self) -> dict[str, Group]:
         if self.file is None or not self.file.exists():

@@ -15,7 +15,6 @@ Shape legend: U units, B batch, T tokens, H hidden width.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import structure
+from sentei.atomic import replacing
 from sentei.importance import Tick
 from sentei.structure import SUBLAYERS, Units
 
@@ -218,17 +218,12 @@ class Gates:
 
     def _save(self) -> None:
         assert self.file is not None
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "identity": self.identity, "a": self.a_U.detach(), "optimizer": self.optimizer.state_dict(),
             "step": self.step, "dual": self.dual, "tail": self.tail_U, "history": self.history,
         }  # fmt: skip
-        part = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        try:
+        with replacing(self.file) as part:
             torch.save(state, part)
-            part.replace(self.file)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _restore(self) -> None:
         if self.file is None or not self.file.exists():

@@ -9,8 +9,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+
+from sentei.train import weights_digest
 
 if TYPE_CHECKING:
     from sentei.methods.fold_gpt import FoldRun
@@ -23,23 +24,15 @@ def of_gates(run: FoldRun) -> dict[str, Any]:
     """The model, the text of the gates and the fields that their training reads."""
     method = run.method
     fields = {name: getattr(method, name) for name in vars(method) if name.startswith("gate_") or name in GATES}
-    return fields | {"text": text(run.texts["gates"]), "weights": weights(run.model)}
+    return fields | {"text": text(run.texts["gates"]), "weights": weights_digest(run.model)}
 
 
 def of_plan(run: FoldRun, dense: nn.Module, origin: Sequence[int], scale: bool) -> dict[str, Any]:
     """The models, the text that KL is measured on and the fields that a measurement depends on; not the target."""
     fields = {name: getattr(run.method, name) for name in PLAN}
-    models = {"weights": weights(run.model), "dense": weights(dense)}
+    models = {"weights": weights_digest(run.model), "dense": weights_digest(dense)}
     return fields | models | {"text": text(run.texts["fold"]), "origin": list(origin), "scale": scale}
 
 
 def text(blocks_NT: Tensor) -> str:
     return hashlib.sha256(blocks_NT.cpu().numpy().tobytes()).hexdigest()
-
-
-def weights(model: nn.Module) -> str:
-    """A digest of the model's tensors by name, shape and sum: quick, and another model has another."""
-    found = [
-        (name, tuple(p.shape), f"{p.detach().sum(dtype=torch.double):.9g}") for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256(repr(found).encode()).hexdigest()

@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sentei import importance, masks
+from sentei.atomic import replacing
 from sentei.methods import settings
 from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops, Level, Slopes, Widths
 from sentei.methods.policy_gradient.reward import Batch, Reward, examples
 from sentei.methods.structural import Run
 from sentei.step_log import StepLog
-from sentei.train import mix, processes
+from sentei.train import mix, processes, weights_digest
 
 if TYPE_CHECKING:
     from sentei.methods.policy_gradient import PolicyGradient
@@ -308,7 +309,7 @@ class Search:
             "fields": settings(self.method),
             "text": self.run.text.sha256,
             "reward_rows": hashlib.sha256(rows.encode()).hexdigest(),
-            "weights": _checksum(self.run.model),
+            "weights": weights_digest(self.run.model),
             "units": len(self.units),
             "parameters": self.units.layer_parameters,
             "processes": self.ranks,
@@ -330,12 +331,11 @@ class Search:
         """One file, written beside the old one and moved over it: a kill at any moment leaves a whole state."""
         if self.folder is None or self.rank:
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
         account = {"numbers": state["numbers"], "history": self.history[: state["history"]]}
         text = json.dumps({"identity": self._identity} | account)
-        temporary = self.folder / "search.tmp"
-        save_file({name: x.contiguous() for name, x in state["tensors"].items()}, temporary, metadata={"state": text})
-        temporary.replace(self.folder / STATE)
+        tensors = {name: x.contiguous() for name, x in state["tensors"].items()}
+        with replacing(self.folder / STATE) as part:
+            save_file(tensors, part, metadata={"state": text})
         return True
 
     def _resume(self, levels: list[Level]) -> None:
@@ -372,15 +372,6 @@ def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
         name: [finite(each) for each in value] if isinstance(value, list) else finite(value)
         for name, value in record.items()
     }
-
-
-def _checksum(model: nn.Module) -> str:
-    """Of some numbers of every weight: quick for any size, and another training or dtype changes it."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _refuse_several_devices(model: nn.Module) -> None:

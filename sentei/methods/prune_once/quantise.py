@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -223,13 +224,12 @@ class Quantise(OnTask):
 
             return hook
 
-        handles = [quantised.get_submodule(name).register_forward_hook(watch(name)) for name in inputs]
         rows = task.encoded("train")[: self.calibration_rows]
-        with torch.no_grad():
+        with ExitStack() as hooks, torch.no_grad():
+            for name in inputs:
+                hooks.enter_context(quantised.get_submodule(name).register_forward_hook(watch(name)))
             for start in range(0, len(rows), 4):
                 quantised(**_calibration(task, rows, start))
-        for handle in handles:
-            handle.remove()
         found = {}
         for name, quantiser in inputs.items():
             _, _, in_scale, in_zp = quantiser.get_parameters_for_torch_fq()
@@ -326,17 +326,11 @@ def _weight_quantisers(model: nn.Module, example: Batch) -> dict[str, Any]:
         if name is not None:
             found[name] = module
 
-    handles = [
-        module.register_forward_pre_hook(watch)
-        for module in model.modules()
-        if type(module).__name__ == "SymmetricQuantizer"
-    ]
-    try:
-        with torch.no_grad():
-            model.eval()(**example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "SymmetricQuantizer":
+                hooks.enter_context(module.register_forward_pre_hook(watch))
+        model.eval()(**example)
     return found
 
 
@@ -364,21 +358,15 @@ def _input_quantisers(model: nn.Module, example: Batch, weights: set[str]) -> di
 
         return hook
 
-    handles = [
-        module.register_forward_hook(quantised)
-        for module in model.modules()
-        if type(module).__name__ == "AsymmetricQuantizer"
-    ]
-    for weight in weights:
-        linear = model.get_submodule(name := weight.removesuffix(".weight"))
-        handles.append(linear.register_forward_pre_hook(enters(name)))
-        handles.append(linear.register_forward_hook(lambda *a: inside.clear()))
-    try:
-        with torch.no_grad():
-            model.eval()(**example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "AsymmetricQuantizer":
+                hooks.enter_context(module.register_forward_hook(quantised))
+        for weight in weights:
+            linear = model.get_submodule(name := weight.removesuffix(".weight"))
+            hooks.enter_context(linear.register_forward_pre_hook(enters(name)))
+            hooks.enter_context(linear.register_forward_hook(lambda *a: inside.clear()))
+        model.eval()(**example)
     lost = sorted(weights - {f"{name}.weight" for name in found})
     if lost:
         raise ValueError(f"NNCF gave {len(lost)} locked matrices fp32 inputs, {lost[0]} first; report this")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sentei.adapters import Unit
+from sentei.atomic import write_text
 from sentei.train import processes
 
 
@@ -57,10 +58,7 @@ class State:
     def save(self) -> None:
         if self.folder is None or not processes().is_main_process:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / ".state.json.part"
-        part.write_text(json.dumps(self.values), encoding="utf-8")
-        part.replace(self.folder / "state.json")
+        write_text(self.folder / "state.json", json.dumps(self.values))
 
     def save_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         if self.folder is None or not processes().is_main_process:

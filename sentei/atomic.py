@@ -1,0 +1,39 @@
+"""Files that are there whole or not at all: written beside their place, then moved onto it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` when the block ends well; a kill at any moment leaves the old file.
+
+    The name is of this process alone, and nothing stays under it after an error.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The nearest of the folders above `path` that is there (a file, if one stands in the way)."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def can_write(path: Path) -> bool:
+    """May this process make `path`, and the folders to it?"""
+    place = nearest_folder(path)
+    return place.is_dir() and os.access(place, os.W_OK)
