@@ -86,7 +86,7 @@ def measure(out: Path, args: argparse.Namespace) -> None:
     model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     train, test = rows_of(args)
     prompts.check_unseen(test, prompts.seen(train))
-    table = resumed(out, settings_of(args, model, train, test))
+    table = tables.resumed(out, settings_of(args, model, train, test))
     table |= {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__},
@@ -122,28 +122,6 @@ def settings_of(
         "settings": {name: value for name, value in vars(args).items() if name not in NO_SETTINGS},
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-
-
-def resumed(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """The table in a file, or an empty one.
-
-    Raises:
-        SystemExit: its rows were made with other settings; says which.
-    """
-    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    if not table["rows"] and "overhead" not in table:
-        return table | asked
-    different = []
-    for part, value in asked.items():
-        old = table.get(part)
-        if not (isinstance(value, dict) and isinstance(old, dict)):
-            old, value = {part: old}, {part: value}
-        for name in dict.fromkeys([*old, *value]):
-            if old.get(name) != value.get(name):
-                different.append(f"{name} {old.get(name)!r} there, {value.get(name)!r} here")
-    if different:
-        raise SystemExit(f"{out} was made with other settings ({'; '.join(different)}); give another --out")
-    return table
 
 
 def answers(rows: list[prompts.Row]) -> list[int] | None:

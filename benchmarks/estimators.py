@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import spread, write
+from tables import resumed, spread, write
 from torch import Tensor
 
 from sentei import checkpoint, data
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.methods.policy_gradient.levels import FAR, Allocation, Bits
 from sentei.methods.policy_gradient.search import Search
+from sentei.recipe import find_model
 
 NOTHING = {"slope_sweeps": 0, "coarse_steps": 0, "steps": 0}
 
@@ -68,16 +69,17 @@ def ways(forwards: int, layers: int, kinds: int) -> dict[str, dict[str, Any] | s
 def main() -> None:
     args = arguments()
     out = Path(args.out)
-    table: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": []}
     if args.markdown:
-        print(markdown(table))
+        print(markdown(json.loads(out.read_text())))
         return
-    if any("evaluations" not in row for row in table["rows"]):
-        raise SystemExit(f"{out} holds rows of an earlier form, judged on other text; give another --out")
-    model, tokenizer = checkpoint.load(args.model)
+    model, tokenizer = checkpoint.load(find_model(args.model))
     text = data.load(args.data)
     unseen = data.blocks(text.test, tokenizer, 128, seed=1)[:32]
-    table |= {"model": Path(args.model).name, "text": Path(args.data).name, "forward": [args.batch, 128]}
+    made_with = {
+        "model": Path(args.model).name, "text": Path(args.data).name, "forward": [args.batch, 128],
+        "calibration": args.calibration, "granularity": args.granularity,
+    }  # fmt: skip
+    table = resumed(out, made_with)
     made = {(row["way"], row["sparsity"], row["seed"], row["asked_forwards"]) for row in table["rows"]}
     layers, kinds = model.config.num_hidden_layers, len(args.granularity.split("+"))
     for sparsity in args.sparsity:

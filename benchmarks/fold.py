@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from tables import write
 
@@ -67,12 +68,8 @@ def main() -> None:
         "settings": {key: value for key, value in vars(args).items() if key not in FREE},
         "dtype": str(next(model.parameters()).dtype),
     }
-    table: dict[str, Any] = {"rows": [], "greedy": {}, "weights": []}
-    if out.exists():
-        table = json.loads(out.read_text())
-        if differing := differences(table, made_with):
-            raise SystemExit(f"{out} has rows made with other settings ({differing}): give another --out, or the same")
-    table |= made_with | {
+    table = tables.resumed(out, made_with, greedy={}, weights=[])
+    table |= {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__},
     }
@@ -123,13 +120,6 @@ def parent_folder(model: str, work: Path) -> str:
         return found
     folder = work / "parent"
     return str(folder if folder.exists() else checkpoint.unpack(found, folder))
-
-
-def differences(table: dict[str, Any], made_with: dict[str, Any]) -> str:
-    """The settings that are not those of the table, in words; "" if all are."""
-    before, now = ({**made, **made.get("settings", {}), "settings": None} for made in (table, made_with))
-    differing = [key for key in now if before.get(key) != now[key]]
-    return ", ".join(f"{key}: {before.get(key)}, now {now[key]}" for key in differing)
 
 
 def shared_text(run: Any) -> dict[str, torch.Tensor]:

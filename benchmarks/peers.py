@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import peak, reset_peak, spread, write
+from tables import peak, reset_peak, resumed, spread, write
 
 from sentei import checkpoint, data, evaluate, structure
 from sentei.methods.heal import Heal
 from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
+from sentei.recipe import find_model
 
 TASKS = ("local_piqa", "local_arc_easy", "local_hellaswag", "local_winogrande")
 ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations tried, seeds
@@ -42,6 +43,7 @@ ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations t
     "shortgpt": (OneShot(criterion="block_influence"), ("none",), 1),
     "greedy": (OneShot(criterion="greedy", calibration_samples=8), ("none",), 1),
     "policy gradient": (PolicyGradient(granularity="channels", compensate="mean"), ("mean", "least-squares"), 3),
+    "policy gradient, heads too": (PolicyGradient(compensate="mean"), ("mean", "least-squares"), 1),
 }
 
 
@@ -51,14 +53,15 @@ def main() -> None:
     if args.markdown:
         print(markdown(json.loads(out.read_text())))
         return
-    table: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     text = data.load(args.data)
-    table |= {
+    made_with = {
         "model": Path(args.model).name if Path(args.model).exists() else args.model,
         "calibration": {"name": Path(args.data).name, "sha256": text.sha256, "blocks": args.calibration, "tokens": 128},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "dtype": str(next(model.parameters()).dtype),
+    }
+    table = resumed(out, made_with) | {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__},
     }
 
@@ -83,7 +86,7 @@ def main() -> None:
                 fields = {"sparsity": sparsity, "seed": seed}
                 if name != "greedy":
                     fields["calibration_samples"] = args.calibration
-                if name == "policy gradient":
+                if isinstance(method, PolicyGradient):
                     fields |= {"coarse_steps": args.search_steps, "batch_size": args.search_batch}
                 method = replace(method, **fields)
                 kept = Path(args.masks) / f"{name}-{sparsity}-{seed}.pt" if args.masks else None

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import spread, write
+from tables import resumed, spread, write
 
 import sentei
 from sentei import checkpoint, structure
@@ -104,6 +104,8 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
 
 SHOWN = {"mrpc": ("accuracy", "f1"), "stsb": ("pearson", "spearman"), "squad": ("exact_match", "f1")}
 """Scores in the table, where a task has more than the one that stands for it."""
+FREE = ("out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model")
+"""Arguments that choose rows of the table; all others must be equal for all rows."""
 PARTS = {"train": "train", "validation": "dev", "test": "test"}
 
 
@@ -113,10 +115,9 @@ def main() -> None:
     if args.markdown:
         print(markdown(json.loads(out.read_text())))
         return
-    table = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    table = resumed(out, {"model": Path(args.model).name, "settings": settings})
     table |= {
-        "model": Path(args.model).name,
-        "settings": {key: value for key, value in vars(args).items() if key not in ("out", "work", "markdown", "rows")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"sentei": sentei.__version__, "torch": torch.__version__},
     }

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import spread, write
+from tables import resumed, spread, write
 
 from sentei import checkpoint
 from sentei.adapters import Unit
@@ -76,15 +76,10 @@ def main() -> None:
     if args.markdown:
         print(markdown(json.loads(out.read_text())))
         return
-    table = json.loads(out.read_text()) if out.exists() else {"rows": [], "lr": {}}
     names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
     settings = {name: getattr(args, name) for name in names} | {"model": args.name or Path(args.model).name}
-    if table["rows"] and table["settings"] != settings:
-        other = [f"{name} {table['settings'].get(name)}" for name in settings
-                 if table["settings"].get(name) != settings[name]]  # fmt: skip
-        raise SystemExit(f"{out} was made with {', '.join(other)}; give another --out")
+    table = resumed(out, {"settings": settings}, lr={})
     table |= {
-        "settings": settings,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"torch": torch.__version__},
     }

@@ -19,6 +19,7 @@ def main() -> None:
     for name, write in (
         ("demo", demo),
         ("peers-smollm2", peers),
+        ("peers-smollm2-mha", peers),
         ("estimators-smollm2", ways),
         ("search-cost", search),
     ):

@@ -65,8 +65,9 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     from sentei.methods.policy_gradient import PolicyGradient
     from sentei.methods.policy_gradient.levels import Allocation, Widths
     from sentei.methods.policy_gradient.search import Search
+    from sentei.recipe import find_model
 
-    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     text, head, rows = data.load(args.data), model.get_output_embeddings().weight.numel(), []
     for batch in args.batches:
         levels: dict[float, Widths] = {}
@@ -154,8 +155,9 @@ def steps(args: argparse.Namespace) -> dict[str, float]:
     from sentei.methods.policy_gradient import PolicyGradient
     from sentei.methods.policy_gradient.levels import Allocation, Widths
     from sentei.methods.policy_gradient.search import Search
+    from sentei.recipe import find_model
 
-    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     method = PolicyGradient(granularity="channels", coarse_steps=args.steps + 1, calibration_samples=16)
     with torch.inference_mode():
         search = Search(method, method.start(model, tokenizer, data.load(args.data)))
@@ -182,8 +184,9 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
 
     from sentei import checkpoint, data
     from sentei.methods.policy_gradient import PolicyGradient
+    from sentei.recipe import find_model
 
-    model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     text = data.load(args.data)
     Path("/proc/self/clear_refs").write_text("5")  # what loading needed for a moment does not count
     if args.worker == "inference":

@@ -9,13 +9,34 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from sentei.atomic import write_text
+
+
+def resumed(out: Path, asked: dict[str, Any], **empty: Any) -> dict[str, Any]:
+    """The table in a file, or a new one with the settings that are asked for, and no rows.
+
+    Raises:
+        SystemExit: its rows were made with other settings; says which.
+    """
+    if not out.exists():
+        return {"rows": []} | empty | asked
+    table = json.loads(out.read_text())
+    different = []
+    for part, value in asked.items():
+        old = table.get(part)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            old, value = {part: old}, {part: value}
+        for name in dict.fromkeys([*old, *value]):
+            if old.get(name) != value.get(name):
+                different.append(f"{name} {old.get(name)!r} there, {value.get(name)!r} here")
+    if different:
+        raise SystemExit(f"{out} was made with other settings ({'; '.join(different)}); give another --out")
+    return table
+
 
 def write(out: Path, table: dict[str, Any]) -> None:
     """Whole or not at all: a script that is stopped leaves the rows it has made."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    part.write_text(json.dumps(table, indent=1) + "\n")
-    part.replace(out)
+    write_text(out, json.dumps(table, indent=1) + "\n")
 
 
 def spread(values: list[float], digits: int = 1, count: bool = True) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,6 +55,18 @@ def tiny_model(family: str, seed: int = 0, **overrides) -> nn.Module:
     for parameter in model.parameters():  # norms and biases too, so that a lost one shows
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1) * 0.5, std=0.2)
     return model.eval()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script of benchmarks/ with a name, imported anew."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+    def found(name: str):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return found
 
 
 @pytest.fixture(params=DECODERS + ENCODERS)

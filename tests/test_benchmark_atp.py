@@ -20,13 +20,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.delitem(sys.modules, "atp", raising=False)
-    import atp
-
-    yield atp
-    sys.modules.pop("atp")
+def table(script):
+    return script("atp")
 
 
 @pytest.fixture
@@ -120,9 +115,9 @@ def test_a_file_of_other_settings_is_refused(table, monkeypatch, tmp_path):
     rows = [prompts.make_row(row, "") for row in choices(6)]
     asked = table.settings_of(args, model, rows[:4], rows[4:])
     out = tmp_path / "table.json"
-    assert table.resumed(out, asked) == {"rows": []} | asked
-    out.write_text(json.dumps(table.resumed(out, asked) | {"rows": [{"seed": 0}]}))
-    assert table.resumed(out, asked)["rows"] == [{"seed": 0}]
+    assert table.tables.resumed(out, asked) == {"rows": []} | asked
+    out.write_text(json.dumps(table.tables.resumed(out, asked) | {"rows": [{"seed": 0}]}))
+    assert table.tables.resumed(out, asked)["rows"] == [{"seed": 0}]
     chosen = Namespace(**vars(args) | {"seeds": 9, "methods": ["atp"], "sparsity": [0.2], "out": "other"})
     assert table.settings_of(chosen, model, rows[:4], rows[4:]) == asked  # more rows of the same table
     for name, value in (
@@ -131,11 +126,11 @@ def test_a_file_of_other_settings_is_refused(table, monkeypatch, tmp_path):
     ):  # fmt: skip
         changed = table.settings_of(Namespace(**vars(args) | {name: value}), model, rows[:4], rows[4:])
         with pytest.raises(SystemExit, match=f"other settings \\({name} .* there, .* here\\); give another --out"):
-            table.resumed(out, changed)
+            table.tables.resumed(out, changed)
     with pytest.raises(SystemExit, match="sha256"):
-        table.resumed(out, table.settings_of(args, model, rows[1:5], rows[4:]))
+        table.tables.resumed(out, table.settings_of(args, model, rows[1:5], rows[4:]))
     with pytest.raises(SystemExit, match="parameters"):
-        table.resumed(out, table.settings_of(args, tiny_model("llama", num_hidden_layers=1), rows[:4], rows[4:]))
+        table.tables.resumed(out, table.settings_of(args, tiny_model("llama", num_hidden_layers=1), rows[:4], rows[4:]))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
