@@ -30,7 +30,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -87,10 +86,7 @@ def measure(out: Path, args: argparse.Namespace) -> None:
     train, test = rows_of(args)
     prompts.check_unseen(test, prompts.seen(train))
     table = tables.resumed(out, settings_of(args, model, train, test))
-    table |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__},
-    }
+    table |= tables.made_on()
     if args.overhead:
         del model
         table["overhead"] = overhead(args)

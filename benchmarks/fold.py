@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -68,11 +67,7 @@ def main() -> None:
         "settings": {key: value for key, value in vars(args).items() if key not in FREE},
         "dtype": str(next(model.parameters()).dtype),
     }
-    table = tables.resumed(out, made_with, greedy={}, weights=[])
-    table |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__},
-    }
+    table = tables.resumed(out, made_with, rows=[], greedy={}, weights=[]) | tables.made_on()
     texts: dict[int, dict[str, torch.Tensor]] = {}
 
     def put(row: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sentei import structure
@@ -49,8 +50,7 @@ def main() -> None:
     result = {"device": name, "dtype": str(dtype), "torch": torch.__version__, "rows": rows}
     print(json.dumps(result, indent=1))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+        write(Path(args.out), result)
 
 
 @torch.inference_mode()

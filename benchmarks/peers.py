@@ -16,7 +16,6 @@ import copy
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import peak, reset_peak, resumed, spread, write
+from tables import made_on, peak, reset_peak, resumed, spread, write
 
 from sentei import checkpoint, data, evaluate, structure
 from sentei.methods.heal import Heal
@@ -60,10 +59,7 @@ def main() -> None:
         "calibration": {"name": Path(args.data).name, "sha256": text.sha256, "blocks": args.calibration, "tokens": 128},
         "dtype": str(next(model.parameters()).dtype),
     }
-    table = resumed(out, made_with) | {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__},
-    }
+    table = resumed(out, made_with) | made_on()
 
     def put(row: dict[str, Any]) -> None:
         table["rows"].append(row)

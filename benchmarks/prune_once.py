@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import time
@@ -33,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import resumed, spread, write
+from tables import made_on, resumed, spread, write
 
 import sentei
 from sentei import checkpoint, structure
@@ -104,7 +102,7 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
 
 SHOWN = {"mrpc": ("accuracy", "f1"), "stsb": ("pearson", "spearman"), "squad": ("exact_match", "f1")}
 """Scores in the table, where a task has more than the one that stands for it."""
-FREE = ("out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model")
+FREE = ("out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model", "keep")
 """Arguments that choose rows of the table; all others must be equal for all rows."""
 PARTS = {"train": "train", "validation": "dev", "test": "test"}
 
@@ -116,11 +114,8 @@ def main() -> None:
         print(markdown(json.loads(out.read_text())))
         return
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    table = resumed(out, {"model": Path(args.model).name, "settings": settings})
-    table |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"sentei": sentei.__version__, "torch": torch.__version__},
-    }
+    table = resumed(out, {"model": Path(args.model).name, "settings": settings}) | made_on()
+    table["versions"]["sentei"] = sentei.__version__
     for seed in args.seeds:
         for task in args.tasks:
             for kind in args.rows:

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import resumed, spread, write
+from tables import made_on, resumed, spread, write
 
 from sentei import checkpoint
 from sentei.adapters import Unit
@@ -78,11 +77,7 @@ def main() -> None:
         return
     names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
     settings = {name: getattr(args, name) for name in names} | {"model": args.name or Path(args.model).name}
-    table = resumed(out, {"settings": settings}, lr={})
-    table |= {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__},
-    }
+    table = resumed(out, {"settings": settings}, rows=[], lr={}) | made_on()
     made = {(row["task"], row["configuration"], row["seed"]) for row in table["rows"]}
     for seed in range(args.seeds):
         for name in args.tasks:

@@ -26,6 +26,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tables
+
 if TYPE_CHECKING:
     from sentei.methods.policy_gradient.levels import Widths
 
@@ -53,21 +55,27 @@ def main() -> None:
         "dtype": args.dtype,
     }
     result |= {"processes": speed_up(args)} if args.processes else {"time": times(args), "memory": memory(args)}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    tables.write(Path(args.out), result)
     print(json.dumps(result, indent=1))
+
+
+def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from sentei import checkpoint
+    from sentei.recipe import find_model
+
+    return checkpoint.load(find_model(args.model), dtype=args.dtype)
 
 
 def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from sentei import checkpoint, data
+    from sentei import data
     from sentei.methods.policy_gradient import PolicyGradient
     from sentei.methods.policy_gradient.levels import Allocation, Widths
     from sentei.methods.policy_gradient.search import Search
-    from sentei.recipe import find_model
 
-    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
+    model, tokenizer = loaded(args)
     text, head, rows = data.load(args.data), model.get_output_embeddings().weight.numel(), []
     for batch in args.batches:
         levels: dict[float, Widths] = {}
@@ -151,13 +159,12 @@ def steps(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of some steps in this process, alone or one of several."""
     import torch
 
-    from sentei import checkpoint, data
+    from sentei import data
     from sentei.methods.policy_gradient import PolicyGradient
     from sentei.methods.policy_gradient.levels import Allocation, Widths
     from sentei.methods.policy_gradient.search import Search
-    from sentei.recipe import find_model
 
-    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
+    model, tokenizer = loaded(args)
     method = PolicyGradient(granularity="channels", coarse_steps=args.steps + 1, calibration_samples=16)
     with torch.inference_mode():
         search = Search(method, method.start(model, tokenizer, data.load(args.data)))
@@ -182,21 +189,19 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def worker(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
-    from sentei import checkpoint, data
+    from sentei import data
     from sentei.methods.policy_gradient import PolicyGradient
-    from sentei.recipe import find_model
 
-    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
+    model, tokenizer = loaded(args)
     text = data.load(args.data)
-    Path("/proc/self/clear_refs").write_text("5")  # what loading needed for a moment does not count
+    tables.reset_peak()  # what loading needed for a moment does not count
     if args.worker == "inference":
         with torch.inference_mode():
             model(input_ids=data.blocks(text.train, tokenizer, 128, num=8), use_cache=False)
     else:
         method = PolicyGradient(sparsity=0.3, granularity="channels", coarse_steps=2, calibration_samples=16)
         method.choose(method.start(model, tokenizer, text))
-    status = Path("/proc/self/status").read_text()
-    return {"peak_mb": int(status.split("VmHWM:")[1].split()[0]) / 1024}
+    return {"peak_mb": tables.peak()}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import write
+from tables import resumed, write
 from torch import Tensor, nn
 
 from sentei import checkpoint, structure
@@ -42,14 +42,11 @@ def main() -> None:
     if args.markdown:
         print(markdown(json.loads(out.read_text())))
         return
-    table = json.loads(out.read_text()) if out.exists() else {"models": [], "layers": []}
-    table |= {
+    asked = {"rounds": args.rounds, "dense": str(args.dense), "sparse": str(args.sparse)}
+    table = resumed(out, asked, models=[], layers=[]) | {
         "cpu": cpu(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "load": os.getloadavg(),
-        "rounds": args.rounds,
-        "dense": str(args.dense),
-        "sparse": str(args.sparse),
     }
 
     made: dict[str, Any] = {}

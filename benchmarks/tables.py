@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import resource
 import statistics
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sentei.atomic import write_text
 
 
 def resumed(out: Path, asked: dict[str, Any], **empty: Any) -> dict[str, Any]:
-    """The table in a file, or a new one with the settings that are asked for, and no rows.
+    """The table in a file, or a new one with the settings that are asked for and no rows (or what `empty` names).
 
     Raises:
         SystemExit: its rows were made with other settings; says which.
     """
     if not out.exists():
-        return {"rows": []} | empty | asked
+        return (empty or {"rows": []}) | asked
     table = json.loads(out.read_text())
     different = []
     for part, value in asked.items():
@@ -32,6 +36,12 @@ def resumed(out: Path, asked: dict[str, Any], **empty: Any) -> dict[str, Any]:
     if different:
         raise SystemExit(f"{out} was made with other settings ({'; '.join(different)}); give another --out")
     return table
+
+
+def made_on() -> dict[str, Any]:
+    """The machine and the version of what computes, of whoever adds rows last."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {"machine": machine, "versions": {"torch": torch.__version__}}
 
 
 def write(out: Path, table: dict[str, Any]) -> None:

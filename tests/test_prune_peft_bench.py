@@ -1,6 +1,7 @@
 """The table of PEFT configurations: equal rounds, files that must not mix, differences, costs and masks."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -48,9 +49,8 @@ def test_a_file_of_other_settings_is_refused(table, tmp_path, monkeypatch):
     settings = {name: getattr(table.arguments(), name) for name in names} | {"model": "toy"}
     for name, other in (("model", "another"), ("lr", 0.5), ("full_lr", 0.5), ("precision", "bf16")):
         out.write_text(json.dumps({"rows": [{}], "settings": settings | {name: other}, "lr": {}}))
-        with pytest.raises(
-            SystemExit, match=f"other settings \\({name} '?{other}'? there, .* here\\); give another --out"
-        ):
+        there = re.escape(f"other settings ({name} {other!r} there, ")
+        with pytest.raises(SystemExit, match=f"{there}.* here\\); give another --out"):
             table.main()
 
 
