@@ -38,14 +38,15 @@ _NAME = "default"  # peft's name for an adapter
 
 @dataclass(frozen=True)
 class Unit:
-    """One removable module, or several that go together.
+    """One removable module, several that go together, or some of the ranks of LoRA.
 
     Attributes:
-        id: such as "lora.L3" or "adapter.L7".
+        id: such as "lora.L3", "adapter.L7" or, of a ladder, "lora.L3.r8-16".
         kind: units are compared with others of their kind.
         modules: full names in the model; several for LoRA on query and value.
         sizes: (input, output) features of each module; (H, H) for a bottleneck.
-        rank: of the LoRA, or width of the bottleneck.
+        rank: of the LoRA, or width of the bottleneck; of a ladder's slice, where it ends.
+        start: where a slice begins; the layer's LoRA has the rank that its highest living slice ends at.
     """
 
     id: str
@@ -54,15 +55,26 @@ class Unit:
     modules: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     rank: int
+    start: int = 0
 
     @property
     def is_lora(self) -> bool:
         return self.kind != "adapter"
 
+    def stands_on(self, other: Unit) -> bool:
+        """Is `other` the next lower slice of the same ladder?"""
+        return self.start > 0 and (self.modules, self.start) == (other.modules, other.rank)
+
+    def own(self, role: str, matrix: Tensor) -> Tensor:
+        """The unit's part of one of its `matrices`, a view."""
+        if not self.is_lora:
+            return matrix
+        return matrix[self.start : self.rank] if role.endswith(".A") else matrix[:, self.start : self.rank]
+
     @property
     def parameters(self) -> int:
         if self.is_lora:
-            return sum(self.rank * (inputs + outputs) for inputs, outputs in self.sizes)
+            return (self.rank - self.start) * sum(inputs + outputs for inputs, outputs in self.sizes)
         hidden = self.sizes[0][0]
         return 2 * hidden * self.rank + self.rank + hidden
 
@@ -169,7 +181,7 @@ def units(
     kinds: Sequence[str] = ("lora", "adapter"),
     targets: Sequence[str] = ("q", "v"),
     split: bool = False,
-    rank: int,
+    rank: int | Sequence[int],
     width: int,
 ) -> list[Unit]:
     """The search space: per layer one unit for each kind; layers that lost their attention or feed-forward have none.
@@ -177,6 +189,7 @@ def units(
     Args:
         targets: linears that get LoRA, by ROLES.
         split: each linear is a unit, and a kind, of its own ("lora_q", "lora_v").
+        rank: several, rising, make LoRA a ladder: a unit for each slice from one rank to the next.
 
     Raises:
         ValueError: unknown kind or target, a family without hosts, a model that has adapters already.
@@ -193,6 +206,9 @@ def units(
             raise ValueError(f"LoRA target {target!r} is not known; expected some of {', '.join(ROLES)}")
     if not kinds or ("lora" in kinds and not targets) or len(set(targets)) < len(targets):
         raise ValueError(f"kinds {kinds} and LoRA targets {targets}: name at least one of each, none twice")
+    ends = [rank] if isinstance(rank, int) else list(rank)
+    if not ends or ends != sorted(set(ends)) or ends[0] < 1:
+        raise ValueError(f"ranks to choose from must rise and be at least 1; got {ends}")
     name, family = structure.family_name(model), structure.family(model)
     if "adapter" in kinds and name not in _HOSTS:
         raise ValueError(
@@ -218,9 +234,10 @@ def units(
             sizes = {target: (linear.in_features, linear.out_features) for target, linear in here.items()}
             groups = [(f"lora_{t}", (t,)) for t in modules] if split else [("lora", tuple(modules))]
             for kind, of in groups:
-                if of:
-                    at_modules, at_sizes = tuple(modules[t] for t in of), tuple(sizes[t] for t in of)
-                    found.append(Unit(f"{kind}.L{number}", kind, number, at_modules, at_sizes, rank))
+                at_modules, at_sizes = tuple(modules[t] for t in of), tuple(sizes[t] for t in of)
+                for start, end in zip([0, *ends], ends, strict=False) if of else ():
+                    slice_ = f".r{start}-{end}" if len(ends) > 1 else ""
+                    found.append(Unit(f"{kind}.L{number}{slice_}", kind, number, at_modules, at_sizes, end, start))
         if "adapter" in kinds and (down := _linear(layer, family.down)) is not None:
             hidden, host = down.out_features, f"{at}.{_HOSTS[name].path}"
             found.append(Unit(f"adapter.L{number}", "adapter", number, (host,), ((hidden, hidden),), width))
@@ -291,11 +308,12 @@ def inject(
 
 def lora_config(living: Sequence[Unit], alpha_per_rank: float, dropout: float, **more: Any) -> LoraConfig:
     """peft's configuration: `r` alone where all ranks are equal, since some loaders know no patterns."""
-    ranks = [unit.rank for unit in living if unit.is_lora]
+    rank_of: dict[str, int] = {}
+    for unit in sorted((unit for unit in living if unit.is_lora), key=lambda unit: unit.rank):
+        rank_of |= dict.fromkeys(unit.modules, unit.rank)
+    ranks = list(rank_of.values())
     common = max(set(ranks), key=lambda rank: (ranks.count(rank), rank)) if ranks else 8
-    others = {
-        re.escape(name): unit.rank for unit in living if unit.rank != common and unit.is_lora for name in unit.modules
-    }
+    others = {re.escape(name): rank for name, rank in rank_of.items() if rank != common}
     alphas = {name: _alpha(alpha_per_rank * rank) for name, rank in others.items()}
     return LoraConfig(
         r=common,
@@ -333,14 +351,16 @@ def _wrap(model: nn.Module, unit: Unit, dropout: float, host: _Host) -> None:
 def _initialise(model: nn.Module, unit: Unit, init: str, seed: object) -> None:
     assert init in INITS
     random = torch.Generator().manual_seed(mix(seed, unit.id))
-    for (_, weight), variance in zip(matrices(model, unit), init_variances(unit, init), strict=True):
-        drawn = torch.zeros(weight.shape)
+    for (role, weight), variance in zip(matrices(model, unit), init_variances(unit, init), strict=True):
+        weight.data = weight.data.float()
+        own = unit.own(role, weight.data)
+        drawn = torch.zeros(own.shape)
         if variance and unit.is_lora:
             bound = (3 * variance) ** 0.5
             drawn.uniform_(-bound, bound, generator=random)
         elif variance:
             drawn.normal_(0, variance**0.5, generator=random)
-        weight.data = drawn.to(device=weight.device)
+        own.copy_(drawn)
     for module in modules(model, unit):
         if isinstance(module, Bottleneck):
             nn.init.zeros_(module.down.bias)
@@ -356,7 +376,10 @@ def init_variances(unit: Unit, init: str) -> list[float]:
 
 
 def matrices(model: nn.Module, unit: Unit) -> list[tuple[str, nn.Parameter]]:
-    """The unit's weight matrices with their roles ("q.A", "q.B", ...; "down", "up"); biases are not among them."""
+    """The unit's weight matrices with their roles ("q.A", "q.B", ...; "down", "up"); biases are not among them.
+
+    Of a ladder they are whole, all slices together: `Unit.own` has the unit's part.
+    """
     found: list[tuple[str, Any]] = []
     for name, module in zip(unit.modules, modules(model, unit), strict=True):
         if isinstance(module, Bottleneck):
@@ -375,8 +398,8 @@ def modules(model: nn.Module, unit: Unit) -> list[Any]:
 
 
 def parameters(model: nn.Module, living: Iterable[Unit]) -> list[nn.Parameter]:
-    """All trained parameters of the units, biases included."""
-    found = [weight for unit in living for _, weight in matrices(model, unit)]
+    """All trained parameters of the units, biases included; what slices share, once."""
+    found = list({id(weight): weight for unit in living for _, weight in matrices(model, unit)}.values())
     for unit in living:
         if not unit.is_lora:
             (adapter,) = modules(model, unit)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import save_file
 from torch import nn
 
 from sentei import adapters, checkpoint, folding, structure
@@ -458,3 +459,45 @@ def test_bad_folders(words, tmp_path):
     (tmp_path / "out" / "sentei_adapter.json").write_text("{}")
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load(tmp_path / "out")
+
+
+def test_a_ladder_of_ranks(tmp_path, tokens):
+    """Slices of one LoRA: counted apart, trained and saved as one, loaded by peft alone."""
+    from peft import PeftModel
+
+    model = tiny_model("llama")
+    base = tiny_model("llama")
+    units = space(model, kinds=("lora",), rank=(2, 4, 8))
+    assert [unit.id for unit in units[:3]] == ["lora.L0.r0-2", "lora.L0.r2-4", "lora.L0.r4-8"]
+    whole = space(model, kinds=("lora",), rank=8)
+    assert sum(unit.parameters for unit in units) == sum(unit.parameters for unit in whole)
+    assert units[2].parameters == 2 * units[1].parameters == 2 * units[0].parameters
+    assert units[1].stands_on(units[0]) and not units[0].stands_on(units[1]) and not units[2].stands_on(units[0])
+    assert not units[4].stands_on(units[0])  # another layer's
+
+    living = [unit for unit in units if unit.id not in ("lora.L0.r4-8", "lora.L1.r2-4", "lora.L1.r4-8")]
+    adapters.inject(model, living, alpha_per_rank=2.0)
+    trained = adapters.parameters(model, living)
+    assert len({id(p) for p in trained}) == len(trained)
+    assert sum(p.numel() for p in trained) == sum(unit.parameters for unit in living)
+    query = adapters.modules(model, units[0])[0]
+    assert query.r["default"] == 4 and query.scaling["default"] == 2.0
+    assert adapters.modules(model, units[3])[0].r["default"] == 2
+    # a slice begins alike whichever others live
+    fresh = tiny_model("llama")
+    adapters.inject(fresh, units, alpha_per_rank=2.0)
+    for unit in living:
+        for (role, one), (_, two) in zip(adapters.matrices(model, unit), adapters.matrices(fresh, unit), strict=True):
+            assert torch.equal(unit.own(role, one), unit.own(role, two)) and unit.own(role, one).numel()
+    stir(model, living)
+    changed = logits(model, tokens)
+    config = adapters.lora_config(living, 2.0, 0.0)
+    (tmp_path / "out").mkdir()
+    config.save_pretrained(tmp_path / "out")
+    save_file(adapters.state(model, living), tmp_path / "out" / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert torch.equal(logits(loaded, tokens), changed)
+
+    for rank in ((), (4, 2), (2, 2), (0, 2)):
+        with pytest.raises(ValueError, match="ranks to choose from must rise and be at least 1"):
+            space(tiny_model("llama"), rank=rank)

@@ -485,3 +485,58 @@ def test_plans_keep_to_the_ratio_or_say_so():
     tiny = planned(steps=30)
     assert tiny.ratio > 0.3 and "of one training, goal 0.30" in tiny.notes[-1]
     assert planned(steps_per_round=50).round_steps == 50 and planned(search_fraction=0.05).rows == 5000
+
+
+def test_a_slice_is_scored_on_its_own_part(tokens):
+    """A ladder: means over the slice's rows and columns; products of slices add up to the product of the whole."""
+    model = tiny_model("llama")
+    units = adapters.units(model, kinds=("lora",), targets=("q",), rank=(2, 8), width=8)
+    adapters.inject(model, units)
+    model.eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapters.parameters(model, units):
+            parameter.normal_(0, 0.2, generator=random)
+    outputs = []
+    recorder = Recorder(model, units, init="zero", threshold=0.05, threshold_mode="relative")
+    recorder.scoring = True
+    recorder._mean = lambda output: outputs.append(output.clone()) or float(output.abs().mean())
+    with torch.no_grad():
+        model(input_ids=tokens)
+    layer = adapters.modules(model, units[0])[0]
+    host, low, high = outputs[0], outputs[2], outputs[3]  # the host's output is kept once for each slice
+    assert torch.equal(outputs[1], host) and not torch.allclose(low, high)
+    torch.testing.assert_close(layer(layer_input(model, tokens)), host + low + high)
+
+    (role, a), (_, b) = adapters.matrices(model, units[0])
+    a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    a.grad[:2], b.grad[:, 2:] = 1.0, 3.0
+    recorder.gradients()
+    assert role == "q_proj.A"
+    assert recorder._gradient[units[0].id] == [1.0, 0.0] and recorder._gradient[units[1].id] == [0.0, 3.0]
+    assert recorder._sensitivity[units[1].id][1] == pytest.approx(3 * float(b.detach()[:, 2:].abs().mean()))
+    recorder.close()
+
+
+def layer_input(model, tokens):
+    with torch.no_grad():
+        first = model.model.layers[0]
+        return first.input_layernorm(model.model.embed_tokens(tokens))
+
+
+def test_slices_go_from_the_top():
+    def slices(layer):
+        return [
+            Unit(f"lora.L{layer}.r{a}-{b}", "lora", layer, (f"m{layer}",), ((10, 10),), b, a)
+            for a, b in ((0, 2), (2, 4), (4, 8))
+        ]
+
+    one, other = slices(0), slices(1)
+    assert assigning.removable([*one, *other]) == [one[2], other[2]]
+    assert assigning.removable([*one[:1], *other[:2]]) == [one[0], other[1]]
+    # back come only slices that stand on something: 20 a rank
+    removed = [[one[2]], [one[1]], [one[0]]]
+    assert assigning.put_back(other, removed, 160 + 40) == [one[0]]
+    assert assigning.put_back(other, removed, 160 + 100) == one[:2]
+    assert assigning.put_back(other, removed, 160 + 39) == []
+    assert assigning.put_back(other, [[one[1], one[2]]], 1000) == []  # never, without the lowest

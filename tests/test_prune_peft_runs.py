@@ -114,6 +114,30 @@ def test_searches(family, fields, rows, words, tmp_path):
         assert f"one LoRA training, in seconds | {whole:.2f} |" in texts["README.md"]
 
 
+@pytest.mark.parametrize("assignment", ["gradient", "random"])
+def test_a_search_over_ranks(assignment, rows, words, tmp_path):
+    """Each layer's LoRA goes down from its highest rank; what stays is one LoRA of that rank."""
+    method = PrunePEFT(**FAST | {"lora_r": None, "rank_choices": (1, 2, 4), "assignment": assignment, "budget": 0.4})
+    model, tokenizer, text = start("bert", method, rows, words, tmp_path)
+    record = search(method, model, tokenizer, text)
+    units = [adapters.Unit(**unit) for unit in record["adapter"]["units"]]
+    assert record["adapter"]["alpha_per_rank"] == 1.0  # lora_alpha is of the last choice
+    assert sum(unit.parameters for unit in units) == record["parameters"]["living"] <= record["parameters"]["budget"]
+    assert all(unit.start == 0 or any(unit.stands_on(other) for other in units) for unit in units)
+    for found in record["rounds"]:
+        of = {unit["id"]: unit for unit in record["units"]}
+        assert len({of[name]["layer"] for name in found["removed"] if of[name]["kind"] == "lora"}) == sum(
+            of[name]["kind"] == "lora" for name in found["removed"]
+        )  # at most the top of each ladder
+    for unit in units:
+        if unit.is_lora and not any(other.stands_on(unit) for other in units):
+            assert {module.r["default"] for module in adapters.modules(model, unit)} == {unit.rank}
+    picture = pages.all_pages(record)["heat_map.svg"]
+    assert all(f">{name}</text>" in picture for name in ("adapter", "lora.r0-1", "lora.r1-2", "lora.r2-4"))
+    with pytest.raises(ValueError, match="rank_choices and lora_r exclude each other"):
+        PrunePEFT(rank_choices=(2, 4), lora_r=4)
+
+
 def test_seconds_of_a_search_are_all_of_it(rows, words, tmp_path, monkeypatch):
     """Injection and the watched metric too; tokenising belongs to no training."""
     slow = {"put": 0.05, "score": 0.05}

@@ -53,6 +53,11 @@ class PrunePEFT:
     lora_targets: tuple[str, ...] = option(("q", "v"), f"linears with LoRA: {', '.join(adapters.ROLES)}", "2.2")
     lora_split: bool = option(False, "each linear a unit of its own, in place of one LoRA unit a layer", "[ours]")
     lora_r: int | None = option(None, "rank; default 32 for encoders, 8 for decoders", "released code")
+    rank_choices: tuple[int, ...] | None = option(
+        None,
+        "ranks to choose from, such as 8,16,32: each layer's LoRA goes down from the last to the first, then out",
+        "[ours]",
+    )
     lora_alpha: int | None = option(None, "default 32 for encoders, 16 for decoders", "released code")
     adapter_width: int | None = option(None, "bottleneck; default hidden / 8 for encoders, 32 for decoders", "code")
     adapter_init: str = option(
@@ -122,6 +127,8 @@ class PrunePEFT:
                 raise ValueError(f"{name} must be above 0, got {value}")
         if list(self.depth_cuts) != sorted(self.depth_cuts) or len(self.depth_cuts) != 3:
             raise ValueError(f"depth_cuts are three rising numbers between 0 and 1, got {self.depth_cuts}")
+        if self.rank_choices is not None and self.lora_r is not None:
+            raise ValueError("rank_choices and lora_r exclude each other: the last choice is the highest rank")
         if not 0 <= self.score_from < 1 or not 0 <= self.dropout < 1 or not 0 < self.warmup_top < 1:
             raise ValueError("score_from and dropout are at least 0 and below 1, warmup_top is between 0 and 1")
         if self.search_fraction is not None and self.search_fraction > 1:
@@ -160,13 +167,16 @@ class PrunePEFT:
             kinds=self.kinds,
             targets=self.lora_targets,
             split=self.lora_split,
-            rank=self.lora_r or (8 if decoder else 32),
+            rank=self.rank_choices or self.lora_r or (8 if decoder else 32),
             width=self.adapter_width or (32 if decoder else max(1, hidden // 8)),
         )
 
     def alpha_per_rank(self, model: Any) -> float:
-        decoder = structure.is_causal(model)
-        return (self.lora_alpha or (16 if decoder else 32)) / (self.lora_r or (8 if decoder else 32))
+        """LoRA's scale, alpha / rank; the same for all rank_choices, of which lora_alpha belongs to the last."""
+        usual_rank, usual_alpha = (8, 16) if structure.is_causal(model) else (32, 32)
+        if self.rank_choices:
+            return self.lora_alpha / self.rank_choices[-1] if self.lora_alpha else usual_alpha / usual_rank
+        return (self.lora_alpha or usual_alpha) / (self.lora_r or usual_rank)
 
     def pages(self, record: dict[str, Any]) -> dict[str, str]:
         """Text files that go beside the adapter."""

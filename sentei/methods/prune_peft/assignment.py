@@ -288,7 +288,13 @@ def put_back(living: Sequence[Unit], removed: Sequence[Sequence[Unit]], budget: 
     total, back = sum(unit.parameters for unit in living), []
     for turn in reversed(removed):
         for unit in reversed(turn):
-            if total + unit.parameters <= budget:
+            stands = unit.start == 0 or any(unit.stands_on(other) for other in (*living, *back))
+            if stands and total + unit.parameters <= budget:
                 back.append(unit)
                 total += unit.parameters
     return back
+
+
+def removable(living: Sequence[Unit]) -> list[Unit]:
+    """What may go next: all but the slices of a ladder that another one stands on."""
+    return [unit for unit in living if not any(other.stands_on(unit) for other in living)]

@@ -66,10 +66,10 @@ class Recorder:
         means: dict[str, tuple[list[float], list[float]]] = {}
         for unit in self.living:
             gradient, sensitivity = [], []
-            for _, weight in self._matrices[unit.id]:
-                g = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for role, weight in self._matrices[unit.id]:
+                g = unit.own(role, torch.zeros_like(weight) if weight.grad is None else weight.grad)
                 gradient.append(float(g.abs().mean()))
-                sensitivity.append(float((weight.detach() * g).abs().mean()))
+                sensitivity.append(float((unit.own(role, weight.detach()) * g).abs().mean()))
             means[unit.id] = gradient, sensitivity
         if not all(math.isfinite(x) for pair in means.values() for values in pair for x in values):
             self.skipped += 1
@@ -93,7 +93,7 @@ class Recorder:
         activation = self._reduced_activation()
         weight, zeros, gradient, sensitivity = {}, {}, {}, {}
         for unit in self.living:
-            values = [weights.detach().double() for _, weights in self._matrices[unit.id]]
+            values = [unit.own(role, weights.detach()).double() for role, weights in self._matrices[unit.id]]
             first = self._first[unit.id]
             weight[unit.id] = [float((w / std).square().mean()) for w, std in zip(values, first, strict=True)]
             zeros[unit.id] = sum(float((value != 0).double().mean()) for value in values) / len(values)
@@ -125,13 +125,18 @@ class Recorder:
         if isinstance(module, Bottleneck):
             module.watch = lambda added, host: add(added, self._mean(host) if self.scoring else 0.0)
             return
-        name, scaling = unit.modules[place], module.scaling["default"]
+        name, scaling, output_ranks = unit.modules[place], module.scaling["default"], module.r["default"]
 
         def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if self.scoring:
                 self._host_mean[name] = self._mean(output.detach())
 
-        def product(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def product(up: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not self.scoring:
+                return
+            if (unit.start, unit.rank) != (0, output_ranks):  # a slice's share of the product
+                inner_BTr = inputs[0].detach()[..., unit.start : unit.rank]
+                output = nn.functional.linear(inner_BTr, unit.own("up.B", up.weight.detach()))
             add(scaling * output.detach(), self._host_mean[name])
 
         self._hooks.append(module.base_layer.register_forward_hook(keep))
@@ -172,7 +177,7 @@ class Recorder:
         for unit in self.living:
             sizes[unit.id] = []
             for (role, weights), first in zip(self._matrices[unit.id], self._first[unit.id], strict=True):
-                size = weights.detach().double().abs() / (first if relative_to_role else 1.0)
+                size = unit.own(role, weights.detach()).double().abs() / (first if relative_to_role else 1.0)
                 sizes[unit.id].append((role, size))
                 squares.setdefault((unit.kind, role), []).append(float(size.square().mean()))
         limits = {

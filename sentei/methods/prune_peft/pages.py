@@ -107,12 +107,13 @@ def fate(record: dict[str, Any], unit: str) -> tuple[int | None, float | None]:
 
 
 def heat_map(record: dict[str, Any]) -> str:
-    """Kind by layer: white stays, the darker the earlier it went; the number is the mean P in per cent."""
-    kinds = sorted({unit["kind"] for unit in record["units"]})
+    """Kind, or slice, by layer: white stays, the darker the earlier it went; the number is the mean P in per cent."""
+    row_of = {unit["id"]: unit["id"].replace(f".L{unit['layer']}", "") for unit in record["units"]}
+    rows = sorted(set(row_of.values()), key=lambda name: (name.partition(".")[0], len(name), name))
     layers = 1 + max(unit["layer"] for unit in record["units"])
     rounds = max(1, len(record["rounds"]))
     left, top = 90, 40
-    width, height = left + layers * _CELL + 10, top + len(kinds) * _CELL + 30
+    width, height = left + layers * _CELL + 10, top + len(rows) * _CELL + 30
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="10">',
@@ -121,10 +122,10 @@ def heat_map(record: dict[str, Any]) -> str:
     ]
     for layer in range(layers):
         parts.append(f'<text x="{left + (layer + 0.5) * _CELL}" y="{top - 6}" text-anchor="middle">{layer}</text>')
-    for row, kind in enumerate(kinds):
-        y = top + row * _CELL
-        parts.append(f'<text x="4" y="{y + 0.65 * _CELL}">{escape(kind)}</text>')
-        for unit in (unit for unit in record["units"] if unit["kind"] == kind):
+    for number, name in enumerate(rows):
+        y = top + number * _CELL
+        parts.append(f'<text x="4" y="{y + 0.65 * _CELL}">{escape(name)}</text>')
+        for unit in (unit for unit in record["units"] if row_of[unit["id"]] == name):
             gone, mean = fate(record, unit["id"])
             dark = 0.0 if gone is None else 0.25 + 0.75 * (rounds - gone + 1) / rounds
             shade = round(255 - 190 * dark)

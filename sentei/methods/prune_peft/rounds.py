@@ -123,8 +123,9 @@ def one_round(
     cells = set(search.cell_of.values())
     assignment = None if table is None else {cell: tuple(table[cell[0]][cell[1]]) for cell in cells}
     judgement = assigning.judge(
-        measured, living, search.cell_of, assignment, slope=f.rank_slope, seed=(f.seed, "judge", number)
-    )
+        measured, assigning.removable(living), search.cell_of, assignment, slope=f.rank_slope,
+        seed=(f.seed, "judge", number),
+    )  # fmt: skip
     given = dict(zip(f.kinds, f.kind_weights, strict=True)) if f.kind_weights else {}
     weights = {kind: given.get(kind.partition("_")[0], 1.0) for kind, _ in cells}
     gone = assigning.remove(
