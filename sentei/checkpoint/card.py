@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 _LLAMA_CPP_NATIVE = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"}
+_LLAMA_LIKE = {"llama", "mistral", "qwen2"}
+_TO_GGUF = "after `sentei export --to gguf`"
 
 
 def text(account: dict[str, Any], name: str) -> str:
@@ -114,15 +116,15 @@ def _loads_in(result: dict[str, Any]) -> str:
         rows = [
             ("transformers 5.16 to 5.23", "`trust_remote_code=True`, or `import sentei` before", verified),
             ("vLLM", unfolded, "no"),
-            ("llama.cpp", unfolded, "no"),
+            ("llama.cpp", f"{_TO_GGUF}, unfolded" if kind.removeprefix("folded_") in _LLAMA_LIKE else unfolded, "no"),
         ]
     elif result["shape"] == "heterogeneous":
         vllm = "`--trust-remote-code`, on its Transformers backend"
         if not all(layer["heads"] for layer in result["layers"]):
             vllm = "no: it needs attention in every layer; write with `--shape padded`"
         llama_cpp = "write with `--shape uniform` or `padded`" if result["causal"] else "not tried"
-        if kind in {"llama", "mistral", "qwen2"}:
-            llama_cpp = "no conversion written here; its architecture `deci` holds such layers"
+        if kind in _LLAMA_LIKE:
+            llama_cpp = f"{_TO_GGUF}, as its architecture `deci`"
         if any("qk_head_dim" in layer for layer in result["layers"]):
             vllm = "not tried: keys and values of a head differ in width"
             llama_cpp = "no: it needs one head size for all layers; use units groups+channels"
@@ -132,7 +134,9 @@ def _loads_in(result: dict[str, Any]) -> str:
             ("llama.cpp", llama_cpp, "no"),
         ]
     else:
-        gguf = "native, after conversion to GGUF" if kind in _LLAMA_CPP_NATIVE else "not tried"
+        gguf = "native, after conversion to GGUF by its own script" if kind in _LLAMA_CPP_NATIVE else "not tried"
+        if kind in _LLAMA_LIKE | {"qwen3"}:
+            gguf = f"native, {_TO_GGUF}"
         rows = [
             ("transformers", "native, no flag", verified),
             ("vLLM", "native" if result["causal"] else "not tried", "no"),

@@ -284,9 +284,27 @@ def _run(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from sentei import checkpoint
 
+    if options.to == "gguf":
+        return _gguf(options)
     if checkpoint.inspect(options.model, trust_remote_code=True).config.get("fold"):  # nothing of it is run
         return _unfold(options)
     print(f"written {checkpoint.export_dense(options.model, options.out, force=options.force)}")
+    return 0
+
+
+def _gguf(options: argparse.Namespace) -> int:
+    from sentei.export import gguf
+
+    found = gguf.write(options.model, options.out, outtype=options.outtype, force=options.force)
+    for note in found["notes"]:
+        print(note)
+    checked = "not run: pip install 'sentei[gguf]' to have it checked in llama.cpp"
+    if found["difference"] is not None:
+        checked = f"run in llama.cpp: log-probabilities within {found['difference']:.2g} of the model's"
+    print(
+        f"written {found['file']}: {found['bytes'] / 1e6:.1f} MB, architecture {found['architecture']}, "
+        f"{found['outtype']}; {checked}"
+    )
     return 0
 
 

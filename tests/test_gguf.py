@@ -1,0 +1,230 @@
+"""GGUF: what llama.cpp computes from the file is what the model computes."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sentei import checkpoint, folding, structure
+from sentei.cli import main
+from sentei.export import gguf
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install 'sentei[gguf]'"
+)
+LLAMA_WORDS, QWEN_WORDS = list(gguf.PRE_TOKENIZERS)[2][0], list(gguf.PRE_TOKENIZERS)[3][0]
+
+
+def split_by(pattern):
+    """As the tokenizers of Llama 3 and Qwen have it."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+@pytest.fixture
+def bytes_():
+    """A byte-level tokenizer with a few merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("1", "9")]
+    names = ["<s>", "</s>", *letters, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def toy(family, **overrides):
+    """Large enough that an error of arithmetic shows, with heads of an even size."""
+    sizes = {
+        "vocab_size": 264, "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16,
+        "intermediate_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 256,
+    }  # fmt: skip
+    return tiny_model(family, **sizes | overrides)
+
+
+def saved(model, tokenizer, folder):
+    """Written as sentei writes what it pruned."""
+    parent = folder.with_name("parent")
+    tiny = toy("llama")
+    tiny.save_pretrained(parent)
+    tokenizer.save_pretrained(parent)
+    record = {"method": "one_shot", "fields": {}, "seed": 0, "record": {}}
+    checkpoint.save(model, tokenizer, folder, parent=str(parent), record=record)
+    return folder
+
+
+def cut(model, keep, biases=False):
+    """Remove the units for which `keep(layer, kind, index)` is False; of what is gone a bias may stay."""
+    units = structure.units(model)
+    asked = zip(units.layer_U.tolist(), units.kind_U.tolist(), units.index_U.tolist(), strict=True)
+    keep_U = torch.tensor([bool(keep(layer, structure.KINDS[kind], index)) for layer, kind, index in asked])
+    bias = None
+    if biases:
+        random = torch.Generator().manual_seed(0)
+        hidden = model.config.hidden_size
+        bias = {
+            (layer, kind): torch.randn(hidden, generator=random)
+            for layer in range(units.num_layers)
+            for kind in ("heads", "channels")
+            if not keep_U[units.of(layer, kind)].all()
+        }
+    structure.remove(model, units, keep_U, bias)
+    return model
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("family", "biases"), [("llama", False), ("llama", True), ("mistral", True), ("qwen2", True)])
+def test_layers_of_different_width_run_in_llama_cpp(family, biases, bytes_, tmp_path):
+    """Narrow layers, one without heads (the first, which deci cannot leave out, and another), one without channels."""
+
+    def keep(layer, kind, index):
+        if kind == "heads":
+            return layer not in (0, 2) and index < 4 - layer % 3
+        return layer != 1 and index >= 8 * layer
+
+    overrides = {"sliding_window": 4096} if family == "mistral" else {}
+    model = cut(toy(family, **overrides), keep, biases)
+    folder = saved(model, bytes_, tmp_path / "small")
+    found = gguf.write(folder, tmp_path / "small.gguf", outtype="f32")
+    assert found["architecture"] == "deci" and found["difference"] < 1e-4
+    assert found["bytes"] == (tmp_path / "small.gguf").stat().st_size
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("family", "overrides", "architecture"),
+    [
+        ("llama", {}, "llama"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}, "llama"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+                },
+                "tie_word_embeddings": False,
+            },
+            "llama",
+        ),
+        ("qwen2", {}, "llama"),
+        ("qwen3", {}, "qwen3"),
+    ],
+)  # fmt: skip
+def test_plain_layers_run_in_llama_cpp(family, overrides, architecture, bytes_, tmp_path):
+    model = toy(family, **overrides)
+    model.save_pretrained(tmp_path / "model")
+    bytes_.save_pretrained(tmp_path / "model")
+    found = gguf.write(tmp_path / "model", tmp_path / "model.gguf", outtype="f32")
+    assert found["architecture"] == architecture and found["difference"] < 1e-4
+
+
+@needs_llama_cpp
+def test_types(bytes_, tmp_path, capsys):
+    """From the command line; a feed-forward of 90 is no multiple of a block and stays in 16 bits."""
+    model = cut(toy("llama"), lambda layer, kind, index: kind == "heads" or index < 90 or layer)
+    folder = saved(model, bytes_, tmp_path / "small")
+    assert "after `sentei export --to gguf`, as its architecture `deci`" in (folder / "README.md").read_text()
+    for outtype, bytes_each in (("f16", 2), ("bf16", 2), ("q8_0", 34 / 32), ("q4_0", 18 / 32)):
+        out = tmp_path / f"{outtype}.gguf"
+        assert main(["export", str(folder), "--to", "gguf", "--outtype", outtype, "--out", str(out)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"written {out}" in said and f"architecture deci, {outtype}; run in llama.cpp" in said
+        assert 1 < out.stat().st_size / (bytes_each * structure.total_parameters(model)) < 1.5
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("pre", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
+        (
+            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+            "smollm",
+        ),
+        (split_by(LLAMA_WORDS), "llama-bpe"),
+        (split_by(QWEN_WORDS), "qwen2"),
+    ],
+)
+def test_text_is_split_as_the_tokenizer_does(pre, name, bytes_, tmp_path, monkeypatch):
+    """The prompt has a number whose digits the toy tokenizer merges: splits differ between these four."""
+    bytes_.backend_tokenizer.pre_tokenizer = pre
+    assert gguf.vocabulary(bytes_, 264)["pre"] == name
+    toy("llama").save_pretrained(tmp_path / "model")
+    bytes_.save_pretrained(tmp_path / "model")
+    assert gguf.write(tmp_path / "model", tmp_path / "model.gguf", outtype="f32")["difference"] < 1e-4
+
+
+@needs_llama_cpp
+def test_shared_layers_are_written_each(bytes_, tmp_path):
+    model = toy("llama")
+    folding.fold(model, (1, 2), 1, rank=2, scale=True)
+    folder = saved(model, bytes_, tmp_path / "folded")
+    found = gguf.write(folder, tmp_path / "folded.gguf", outtype="f32")
+    assert found["difference"] < 1e-4 and "written unfolded" in found["notes"][0]
+
+
+def test_neighbours_for_halves():
+    rows = torch.arange(8)[:, None].expand(8, 3)
+    assert gguf.interleaved(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf.interleaved(rows[:, 0], 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_a_file_that_computes_something_else_is_not_kept(bytes_, tmp_path, monkeypatch):
+    """What llama.cpp answers is compared, and so is how it splits the prompt."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    toy("llama").save_pretrained(tmp_path / "model")
+    bytes_.save_pretrained(tmp_path / "model")
+    count = len(bytes_(gguf.PROMPT)["input_ids"])
+    for reply, message in (
+        (f'{{"logprobs": {{"5": 1.0}}, "prompt_tokens": {count}}}', "log-probabilities are up to"),
+        (f'{{"logprobs": {{}}, "prompt_tokens": {count + 1}}}', f"makes {count + 1} tokens of a prompt"),
+        (None, "llama.cpp does not run the file, which is not kept: boom"),
+    ):
+
+        def answer(command, reply=reply, **options):
+            if reply is not None:
+                Path(command[-1]).write_text(reply)
+            return type("Done", (), {"stderr": "boom", "stdout": ""})
+
+        monkeypatch.setattr(gguf.subprocess, "run", answer)
+        with pytest.raises(ValueError, match=message):
+            gguf.write(tmp_path / "model", tmp_path / "model.gguf")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):
+    def refused(model, message, tokenizer=bytes_, out="model.gguf", **options):
+        if model is not None:
+            model.save_pretrained(tmp_path / "model")
+            tokenizer.save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match=message):
+            gguf.write(tmp_path / "model", tmp_path / out, **options)
+        assert {path.name for path in tmp_path.iterdir()} <= {"model", "there.gguf"}
+
+    refused(toy("gemma2"), "gemma2 is not written as GGUF here .*--shape uniform or padded")
+    refused(tiny_model("bert"), "bert is not written as GGUF here", tokenizer=words)
+    refused(toy("llama"), r"the tokenizer \(WordLevel\) is not one that sentei can write as GGUF", tokenizer=words)
+    bytes_.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    refused(toy("llama"), "split as gpt-2, smollm, llama-bpe or qwen2 do")
+    bytes_.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    refused(toy("llama", rope_parameters=yarn), "rotary scaling 'yarn' is not written as GGUF")
+    refused(None, "give one that ends in .gguf", out="model")
+    refused(None, "outtype 'q5' is not known; use f32, f16", outtype="q5")
+    (tmp_path / "there.gguf").write_text("mine")
+    refused(None, "there.gguf exists; choose another file, or pass --force", out="there.gguf")
+    assert (tmp_path / "there.gguf").read_text() == "mine"
+    model = cut(toy("qwen3"), lambda layer, kind, index: layer or index)
+    with pytest.raises(ValueError, match="qwen3 has one width for all layers and no biases"):
+        gguf.architecture_of(model)
+    assert main(["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(tmp_path / "x")]) == 2
+    assert "ends in .gguf" in capsys.readouterr().err
