@@ -22,6 +22,7 @@ import torch
 from conftest import tiny_model, word_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
 
 from sentei import data, structure
 from sentei.methods.policy_gradient import PolicyGradient, reward, search
@@ -415,6 +416,54 @@ def test_built_in_rewards(tmp_path):
         sparsity=0.3, reward="choice_probability", reward_data=str(file), **QUICK | {"coarse_steps": 2, "steps": 0}
     )
     assert -1 < method.compress(model, tokenizer, TEXT)["best_loss"] < 0
+
+
+def test_a_classifier_is_pruned_for_its_labels(tmp_path, monkeypatch, capsys):
+    """An encoder that was tuned for a task needs no language-model head to be pruned; its head stays as it is."""
+    from sentei import checkpoint
+    from sentei.cli import main
+    from sentei.evaluate import rewards
+
+    config = tiny_model("bert").config
+    config.id2label, config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    torch.manual_seed(0)
+    model, tokenizer = BertForSequenceClassification(config).eval(), word_tokenizer()
+    model.save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    rows = [{"text": f"is {i}", "text_pair": "big", "label": "yes" if i % 2 else "no"} for i in range(40)]
+    batch = reward.Batch(tokenizer, torch.device("cpu"), examples=rows)
+    with torch.no_grad():
+        inputs = tokenizer([row["text"] for row in rows], ["big"] * 40, padding=True, return_tensors="pt")
+        right = [p[i % 2] for i, p in enumerate(model(**inputs).logits.softmax(1).tolist())]
+        assert rewards.label_probability(model, batch) == pytest.approx(sum(right) / 40)
+        assert rewards.label_accuracy(model, batch) == sum(p > 0.5 for p in right) / 40
+        numbered = [row | {"label": i % 2} for i, row in enumerate(rows)]
+        by_number = reward.Batch(tokenizer, torch.device("cpu"), examples=numbered)
+        assert rewards.label_accuracy(model, by_number) == rewards.label_accuracy(model, batch)
+        for wrong, message in (
+            ([{"text": "x"}], "rows of text, label and, for pairs, text_pair"),
+            ([{"text": "x", "label": "maybe"}], "label 'maybe' is not one of the model's: no, yes"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                rewards.label_accuracy(model, reward.Batch(tokenizer, torch.device("cpu"), examples=wrong))
+        with pytest.raises(ValueError, match="LlamaForCausalLM is no classifier"):
+            rewards.label_accuracy(tiny_model("llama"), by_number)
+
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("text.txt").write_text("\n\n".join(f"{i} {WORDS * 8}" for i in range(40)))
+    fields = QUICK | {"slope_sweeps": 0, "coarse_steps": 2, "steps": 2, "calibration_samples": 8}
+    flags = [word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["compress", "parent", "--method", "policy_gradient", "--sparsity", "0.3", "--data", "text.txt"]
+    command += ["--reward", "label_probability", "--reward-data", "rows.jsonl", "--out", "small", *flags]
+    assert main(command) == 0, capsys.readouterr().err
+    small, _ = checkpoint.load("small")
+    assert type(small).__name__ == "SenteiBertForSequenceClassification" and small.config.label2id == {
+        "no": 0,
+        "yes": 1,
+    }
+    assert torch.equal(small.classifier.weight, model.classifier.weight)
+    assert structure.layer_parameters(small) <= 0.7 * structure.layer_parameters(model) + 200
 
 
 def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, capsys):

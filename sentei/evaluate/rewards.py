@@ -1,13 +1,18 @@
 """Scores of a batch of task rows as rewards of a search: `function(model, batch) -> float`, higher is better.
 
 `batch.examples` are rows as `sentei.data.prompts.make_row` reads them (question/choices/answer[/context], or
-prompt/response), `batch.tokenizer` the model's. Prompts are plain. They are examples for one's own, too.
+prompt/response), `batch.tokenizer` the model's. Prompts are plain. Classifiers, encoders above all, have rows of text,
+label and, where a row is a pair, text_pair. They are examples for one's own, too.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from sentei import structure
 from sentei.data import prompts
 from sentei.data.prompts import Row, Template
 from sentei.evaluate import domain
@@ -25,6 +30,18 @@ def choice_probability(model: Any, batch: Any) -> float:
     return float(_choices(model, batch)["answer_probability"])
 
 
+def label_accuracy(model: Any, batch: Any) -> float:
+    """Share of rows whose label a classifier finds the likeliest."""
+    probability_BL, label_B = _labels(model, batch)
+    return float((probability_BL.argmax(1) == label_B).double().mean())
+
+
+def label_probability(model: Any, batch: Any) -> float:
+    """Mean probability that a classifier gives the right label: smooth where accuracy stands still."""
+    probability_BL, label_B = _labels(model, batch)
+    return float(probability_BL[torch.arange(len(label_B)), label_B].mean())
+
+
 def exact_match(model: Any, batch: Any) -> float:
     """Share of prompts whose greedy answer begins with the response, spaces and case aside."""
     rows, template = _rows(batch, "response"), Template(batch.tokenizer)
@@ -37,6 +54,26 @@ def exact_match(model: Any, batch: Any) -> float:
 
 def _choices(model: Any, batch: Any) -> dict[str, Any]:
     return domain.choices(model, _rows(batch, "choices"), Template(batch.tokenizer), seq_len=SEQ_LEN)
+
+
+def _labels(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """[B, L] probability of each label, [B] the right one."""
+    rows = batch.examples
+    if not rows or any(not {"text", "label"} <= row.keys() for row in rows):
+        raise ValueError("this reward scores rows of text, label and, for pairs, text_pair; give reward_data")
+    names = {str(name): number for name, number in model.config.label2id.items()}
+    names |= {str(number): number for number in names.values()}
+    if unknown := sorted({str(row["label"]) for row in rows} - set(names)):
+        raise ValueError(f"label {unknown[0]!r} is not one of the model's: {', '.join(model.config.label2id)}")
+    pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+    longest = min(SEQ_LEN, structure.positions(model) or SEQ_LEN)
+    inputs = batch.tokenizer(
+        [row["text"] for row in rows], pairs, padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
+    logits_BL = model(**inputs.to(batch.device)).logits
+    if logits_BL.ndim != 2 or logits_BL.shape[1] != len(model.config.label2id):
+        raise ValueError(f"{type(model).__name__} is no classifier of texts: this reward needs one label for each row")
+    return logits_BL.float().softmax(1).cpu(), torch.tensor([names[str(row["label"])] for row in rows])
 
 
 def _rows(batch: Any, kind: str) -> list[Row]:

@@ -24,6 +24,8 @@ from sentei.train import mix
 BUILT_IN = {
     "choice_accuracy": "sentei.evaluate.rewards:choice_accuracy",
     "choice_probability": "sentei.evaluate.rewards:choice_probability",
+    "label_accuracy": "sentei.evaluate.rewards:label_accuracy",
+    "label_probability": "sentei.evaluate.rewards:label_probability",
     "exact_match": "sentei.evaluate.rewards:exact_match",
 }
 
