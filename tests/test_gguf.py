@@ -6,27 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sentei import checkpoint, folding, structure
+from sentei.checkpoint import splitting
 from sentei.cli import main
 from sentei.export import gguf
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs llama.cpp: pip install 'sentei[gguf]'"
 )
-LLAMA_WORDS, QWEN_WORDS = list(gguf.PRE_TOKENIZERS)[2][0], list(gguf.PRE_TOKENIZERS)[3][0]
-
-
-def split_by(pattern):
-    """As the tokenizers of Llama 3 and Qwen have it."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
 
 
 @pytest.fixture
@@ -142,25 +132,37 @@ def test_types(bytes_, tmp_path, capsys):
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize(
-    ("pre", "name"),
-    [
-        (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2"),
-        (
-            pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-            "smollm",
-        ),
-        (split_by(LLAMA_WORDS), "llama-bpe"),
-        (split_by(QWEN_WORDS), "qwen2"),
-    ],
-)
-def test_text_is_split_as_the_tokenizer_does(pre, name, bytes_, tmp_path, monkeypatch):
-    """The prompt has a number whose digits the toy tokenizer merges: splits differ between these four."""
-    bytes_.backend_tokenizer.pre_tokenizer = pre
-    assert gguf.vocabulary(bytes_, 264)["pre"] == name
-    toy("llama").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("name", splitting.SPLITS)
+def test_text_is_split_as_the_tokenizer_does(name, bytes_, tmp_path):
+    """There and back; the prompt has a number whose digits the toy tokenizer merges, which these four split apart."""
+    bytes_.backend_tokenizer.pre_tokenizer = splitting.made(name)
+    assert splitting.name_of(bytes_) == name
+    toy("llama", attention_bias=False, mlp_bias=False).save_pretrained(tmp_path / "model")
     bytes_.save_pretrained(tmp_path / "model")
-    assert gguf.write(tmp_path / "model", tmp_path / "model.gguf", outtype="f32")["difference"] < 1e-4
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf", outtype="f32")
+    model, tokenizer = checkpoint.load(tmp_path / "model.gguf")
+    text = "in 1998   77 of the theatres, it's 3.50"
+    assert tokenizer(text)["input_ids"] == bytes_(text)["input_ids"] and splitting.name_of(tokenizer) == name
+    same, _ = checkpoint.load(tmp_path / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(**tokenizer(text, return_tensors="pt")).logits, same(**bytes_(text, return_tensors="pt")).logits
+        )
+
+
+def test_splits_that_differ(bytes_):
+    """Runs of spaces before a number, and numbers, tell the four apart."""
+    found = {}
+    for name in splitting.SPLITS:
+        splitting.restore(bytes_, name)
+        pieces = bytes_.backend_tokenizer.pre_tokenizer.pre_tokenize_str("the   1998")
+        found[name] = tuple(piece for piece, _ in pieces)
+    assert len(set(found.values())) == len(found)
+    splitting.restore(bytes_, "command-r")  # a name that we do not know
+    assert splitting.name_of(bytes_) == "qwen2"
+    bytes_.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    splitting.restore(bytes_, "gpt-2")
+    assert splitting.name_of(bytes_) is None
 
 
 @needs_llama_cpp
@@ -170,6 +172,29 @@ def test_shared_layers_are_written_each(bytes_, tmp_path):
     folder = saved(model, bytes_, tmp_path / "folded")
     found = gguf.write(folder, tmp_path / "folded.gguf", outtype="f32")
     assert found["difference"] < 1e-4 and "written unfolded" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({}, "blk.0.attn_q.bias"),
+        (
+            {
+                "attention_bias": False,
+                "mlp_bias": False,
+                "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+            },
+            "rope_freqs.weight",
+        ),
+    ],
+)
+def test_what_transformers_would_leave_out_is_refused(overrides, name, bytes_, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "_check_run", lambda *arguments: None)
+    toy("llama", **overrides).save_pretrained(tmp_path / "model")
+    bytes_.save_pretrained(tmp_path / "model")
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=f"holds {name}, which transformers does not read"):
+        checkpoint.load(tmp_path / "model.gguf")
 
 
 def test_neighbours_for_halves():

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from sentei import remote, structure
-from sentei.checkpoint import sparse
+from sentei.checkpoint import sparse, splitting
 from sentei.train import has_bf16
 
 Model = transformers.PreTrainedModel
@@ -53,6 +53,7 @@ class Source:
         tensors: name -> (dtype to load it in, shape).
         files: the weight files.
         license: as the model card or the GGUF metadata states it.
+        split: of a GGUF file, how its tokenizer splits text.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Source:
     tensors: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
     files: tuple[Path, ...]
     license: str | None = None
+    split: str | None = None
 
     @property
     def is_gguf(self) -> bool:
@@ -147,6 +149,8 @@ def load(
     )
     try:
         tokenizer = _tokenizer(where, options)
+        if source.is_gguf:
+            splitting.restore(tokenizer, source.split)
         head = _head_options(tokenizer, labels) if task else {}
         with torch.random.fork_rng(enabled=task is not None):
             if task:
@@ -173,9 +177,23 @@ def load(
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{path}: weight {name} holds NaN or infinity; the checkpoint is damaged, get it again")
-    if source.is_gguf and getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config  # the weights are plain tensors now
+    if source.is_gguf:
+        _refuse_unread(source, model)
+        if getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config  # the weights are plain tensors now
     return model.to(device).eval(), tokenizer
+
+
+def _refuse_unread(source: Source, model: Any) -> None:
+    """transformers leaves out, without a word, tensors of a .gguf file that its model has no place for."""
+    biases = [name for name in source.tensors if name.endswith(".bias")]
+    unread = biases if len(biases) > sum(name.endswith(".bias") for name, _ in model.named_parameters()) else []
+    unread += [name for name in source.tensors if name == "rope_freqs.weight"]
+    if unread:
+        raise ValueError(
+            f"{source.path} holds {unread[0]}, which transformers does not read from .gguf files: the model would "
+            "compute something else. Give the folder that the file was made from"
+        )
 
 
 def _tokenizer(where: Any, options: dict[str, Any]) -> Any:
@@ -455,7 +473,8 @@ def _inspect_gguf(file: Path) -> Source:
     architecture = str(fields.get("general.architecture"))
     model_type = {"gemma3": "gemma3_text"}.get(architecture, architecture)
     structure.family(model_type)
-    return Source(file, {"model_type": model_type}, tensors, (file,), fields.get("general.license"))
+    split = fields.get("tokenizer.ggml.pre")
+    return Source(file, {"model_type": model_type}, tensors, (file,), fields.get("general.license"), split)
 
 
 def _number(stream: BinaryIO, code: str) -> Any:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sentei import checkpoint, folding, structure
 from sentei.atomic import can_write, replacing
+from sentei.checkpoint import splitting
 from sentei.structure import LayerSize
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
@@ -34,14 +35,6 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2")
 TYPES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5, "q4_0": math.inf}
 PROMPT = "The gardener cuts the branches that bear no fruit, and in 1998 the tree"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# What a tokenizer splits text by before it merges bytes -> llama.cpp's name for it.
-PRE_TOKENIZERS = {
-    ("bytes",): "gpt-2",
-    ("digits", "bytes"): "smollm",
-    (_WORDS % r"\p{N}{1,3}",): "llama-bpe",
-    (_WORDS % r"\p{N}",): "qwen2",
-}
 
 
 def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: bool = False) -> dict[str, Any]:
@@ -132,7 +125,7 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
     )
     kind, normalizer = table["model"]["type"], (table.get("normalizer") or {}).get("type")
-    pre = pre_tokenizer(table.get("pre_tokenizer"))
+    pre = splitting.name_of(tokenizer)
     if kind != "BPE" or table["model"].get("byte_fallback") or normalizer not in (None, "NFC") or pre is None:
         raise ValueError(
             f"the tokenizer ({kind}) is not one that sentei can write as GGUF: byte-level BPE, split as gpt-2, smollm, "
@@ -152,22 +145,6 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         "add_bos": special["bos"] is not None and len(begun) > 1 and begun[0] == special["bos"],
         "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     }  # fmt: skip
-
-
-def pre_tokenizer(table: dict[str, Any] | None) -> str | None:
-    """llama.cpp's name for what tokenizer.json has as "pre_tokenizer"; None where sentei knows none."""
-    steps: list[str] = []
-    for step in (table or {}).get("pretokenizers", [table] if table else []):
-        kind = step["type"]
-        if kind == "ByteLevel" and not step["add_prefix_space"]:
-            steps += ["bytes"] if step.get("use_regex", True) else []
-        elif kind == "Digits" and step["individual_digits"]:
-            steps.append("digits")
-        elif kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            steps.append(step["pattern"].get("Regex", ""))
-        else:
-            return None
-    return PRE_TOKENIZERS.get(tuple(steps))
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
