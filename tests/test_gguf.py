@@ -253,3 +253,17 @@ def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):
         gguf.architecture_of(model)
     assert main(["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(tmp_path / "x")]) == 2
     assert "ends in .gguf" in capsys.readouterr().err
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_the_real_model_narrowed_runs_in_llama_cpp(tmp_path):
+    """Its tokenizer, too: llama.cpp gets the prompt as text."""
+    model, tokenizer = checkpoint.load(checkpoint.example_model(), dtype="float32")
+    assert splitting.name_of(tokenizer) == "smollm"
+    units = structure.units(model, "channels")
+    structure.remove(model, units, units.index_U < 1536 - 16 * units.layer_U)
+    record = {"method": "one_shot", "fields": {}, "seed": 0, "record": {}}
+    checkpoint.save(model, tokenizer, tmp_path / "small", parent=str(checkpoint.example_model()), record=record)
+    found = gguf.write(tmp_path / "small", tmp_path / "small.gguf", outtype="f32")
+    assert found["architecture"] == "deci" and found["difference"] < 1e-3
