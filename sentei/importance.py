@@ -88,6 +88,25 @@ class Replay:
             for _ in self._run(number):
                 pass
 
+    def streams(self, number: int, advance: bool = False) -> dict[str, Tensor]:
+        """kind -> [tokens, H] the residual stream that the sub-layer's output is added to; runs the layer for it."""
+        middle: list[Tensor] = []
+        keep = lambda module, inputs: middle.append(inputs[0].detach())  # noqa: E731
+        handle = self.layers[number].get_submodule(self.row.mlp_norms[0]).register_forward_pre_hook(keep)
+        before = self.hidden
+        outputs = list(self._run(number))
+        handle.remove()
+        if advance:
+            self.hidden = outputs
+        return {
+            kind: torch.cat([x.flatten(0, 1) for x in of]) for kind, of in (("heads", before), ("channels", middle))
+        }
+
+
+def takes_correction(row: Family) -> bool:
+    """Does a sub-layer's output go into the residual stream as it is? Not where a norm comes in between."""
+    return len(row.mlp_norms) == 1
+
 
 @contextmanager
 def watching(layer: nn.Module, row: Family, see: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
@@ -374,15 +393,24 @@ def _dropped_columns(layer: nn.Module, row: Family, units: Units, keep_U: Tensor
 
 
 class _Second:
-    """First and second moments of a reading linear's inputs, in float64."""
+    """First and second moments of a reading linear's inputs, in float64; of an error beside them, if there is one.
 
-    def __init__(self, width: int):
+    Args:
+        error_NH: [tokens, H], what the output should be moved by, in the order in which the inputs come.
+    """
+
+    def __init__(self, width: int, error_NH: Tensor | None = None):
         self.count = 0
         self.xx = torch.zeros(width, width, dtype=torch.double)
         self.x = torch.zeros(width, dtype=torch.double)
+        self.error_NH = error_NH
+        self.ex = torch.zeros(() if error_NH is None else (error_NH.shape[1], width), dtype=torch.double)
 
     def __call__(self, x_TW: Tensor) -> None:
         x_TW = x_TW.float()
+        if self.error_NH is not None:
+            error_TH = self.error_NH[self.count : self.count + len(x_TW)]
+            self.ex += (error_TH.T @ x_TW).double().cpu()
         self.count += len(x_TW)
         self.xx += (x_TW.T @ x_TW).double().cpu()
         self.x += x_TW.sum(0).double().cpu()
@@ -396,6 +424,7 @@ def refit(
     blocks_NT: Tensor,
     *,
     ridge: float = 0.1,
+    correction: float = 0.0,
     with_bias: bool = True,
     batch_size: int = 8,
     tick: Tick = _no_tick,
@@ -404,12 +433,15 @@ def refit(
 
     The text flows through the model as it is pruned and refitted so far. At each reading linear that lost inputs the
     kept columns get new weights, and the linear a bias, so that it comes closest to what it made of all its inputs:
-    min |W x - W' x_K - b|^2 + ridge * mean(diag) |W' - W_K|^2. Weights are changed in place.
+    min |W x + c e - W' x_K - b|^2 + ridge * mean(diag) |W' - W_K|^2. Weights are changed in place.
 
-    (Fitting to the dense model's own flow instead was worse on held-out text, LOG.md, 2026-11-21.)
+    e is what the residual stream lacks there, in comparison with the dense model's, after all that was done to the
+    layers below, and c the share of it that this linear is asked to make good. A share of 1 asks for what the kept
+    inputs do not know, and was worse on held-out text than none; so is any on little text (LOG.md, 2026-11-22).
 
     Args:
         ridge: pull towards the old weights, in units of the mean variance of the inputs.
+        correction: c, for decoders that add a sub-layer's output to the stream as it is. Not 0: one more pass.
         with_bias: False where the target format has no bias.
     Returns:
         (layer, kind) -> [H] bias to add when the units are removed.
@@ -419,9 +451,11 @@ def refit(
     row = structure.family(model)
     check_refit_tokens(model, units, blocks_NT.numel())
     replay = Replay(model, blocks_NT, batch_size)
+    dense = Replay(model, blocks_NT, batch_size) if correction and takes_correction(row) else None
     bias: dict[tuple[int, str], Tensor] = {}
     for number, layer in enumerate(replay.layers):
         tick("refitting", number, len(replay.layers))
+        streams = {} if dense is None else dense.streams(number, advance=True)
         with ExitStack() as stack:
             for kind in ("heads", "channels"):
                 linear = structure.reader(layer, row, kind)
@@ -430,7 +464,8 @@ def refit(
                 dropped_K = _dropped_columns(layer, row, units, keep_U, number, kind)
                 if not len(dropped_K):
                     continue
-                seen = _Second(linear.in_features)
+                error_NH = correction * (streams[kind] - replay.streams(number)[kind]) if streams else None
+                seen = _Second(linear.in_features, error_NH)
                 replay.watch(number, {kind: seen})
                 kept_W = torch.ones(linear.in_features, dtype=torch.bool)
                 kept_W[dropped_K] = False
@@ -460,11 +495,16 @@ def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_
     old_HW = weight_HW.double().cpu()
     mean_W = seen.x / seen.count * with_bias
     covariance = seen.xx / seen.count - torch.outer(mean_W, mean_W)
+    wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W  # covariance of what is asked for, with x; its mean
+    if seen.error_NH is not None:
+        mean_H = seen.error_NH.double().mean(0).cpu()
+        wanted_HW = wanted_HW + seen.ex / seen.count - torch.outer(mean_H, mean_W)
+        wanted_H = wanted_H + mean_H
     inside = covariance[kept_W][:, kept_W]
     new_HW = torch.zeros_like(old_HW)
     if kept_W.any():
         damping = ridge * inside.diagonal().mean().clamp_min(1e-12)
         left = inside + damping * torch.eye(len(inside), dtype=torch.double)
-        right = old_HW @ covariance[:, kept_W] + damping * old_HW[:, kept_W]
+        right = wanted_HW[:, kept_W] + damping * old_HW[:, kept_W]
         new_HW[:, kept_W] = torch.linalg.solve(left, right.T).T
-    return new_HW, old_HW @ mean_W - new_HW @ mean_W
+    return new_HW, wanted_H - new_HW @ mean_W

@@ -148,6 +148,63 @@ def test_refit_undoes_a_redundant_cut(family, tokens):
     assert (logits(model, tokens) - dense).abs().max() < 0.2 * lost
 
 
+def test_a_correction_by_least_squares():
+    """What is asked for is the output and a share of the error, on the kept inputs and a constant."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 3, generator=random, dtype=torch.double).float()
+    error = (5 * x[:, :1] - x[:, 2:] + 7).expand(200, 2)
+    weight = torch.randn(2, 3, generator=random)
+    kept = torch.tensor([True, True, False])
+    seen = importance._Second(3, 0.5 * error)
+    seen(x[:120])
+    seen(x[120:])
+    found, shift = importance._solve(weight, kept, seen, 1e-12, True)
+    target = x @ weight.T + 0.5 * error
+    wanted = torch.linalg.lstsq(torch.cat([x[:, :2], torch.ones(200, 1)], 1), target).solution
+    torch.testing.assert_close(found[:, :2].float(), wanted[:2].T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shift.float(), wanted[2], rtol=1e-4, atol=1e-4)
+    assert not found[:, 2].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_streams_are_what_sub_layers_add_to(family, tokens):
+    model = tiny_model(family)
+    seen, layer = {}, structure.layers(model)[1]
+
+    def record(module, args, kwargs, output):
+        seen["attention"] = output[0]
+
+    handle = layer.self_attn.register_forward_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states
+    handle.remove()
+    replay = importance.Replay(model, tokens, batch_size=1)
+    replay.advance(0)
+    found = replay.streams(1, advance=True)
+    torch.testing.assert_close(found["heads"], states[1].flatten(0, 1))
+    torch.testing.assert_close(found["channels"], (states[1] + seen["attention"]).flatten(0, 1))
+    torch.testing.assert_close(torch.cat(replay.hidden), states[2])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_correction_brings_the_stream_back():
+    """On the text of the fit, the last stream of a pruned model comes nearer to the dense one's."""
+
+    def distance(correction, family="llama"):
+        model, dense = tiny_model(family), tiny_model(family)
+        units = structure.units(model, "channels")
+        bias = importance.refit(model, units, units.index_U < 20, blocks(64), correction=correction)
+        structure.remove(model, units, units.index_U < 20, bias)
+        with torch.no_grad():
+            pairs = [structure.base_model(m)(blocks(64)).last_hidden_state for m in (model, dense)]
+        return float((pairs[0] - pairs[1]).square().mean())
+
+    assert distance(1.0) < distance(0.3) < distance(0.0)
+    assert distance(0.3, "gemma2") == distance(0.0, "gemma2")  # a norm comes between: nothing to add to
+    with pytest.raises(ValueError, match="correction is a share from 0 to 1"):
+        OneShot(correction=1.5).check()
+
+
 def test_refit_needs_enough_tokens():
     model = tiny_model("llama")
     units = structure.units(model)

@@ -91,6 +91,10 @@ class Structural:
     calibration_samples: int = option(128, "blocks of calibration text")
     calibration_seq_len: int = option(128, "tokens per block")
     ridge: float = option(0.1, "least-squares: pull towards the old weights, in units of the mean input variance")
+    correction: float = option(
+        0.0,
+        "least-squares: share of the layers' errors below that each refit makes good; 0.3 for 30,000 tokens or more",
+    )
     seed: int = option(0, "for every random choice")
 
     def check(self) -> None:
@@ -105,6 +109,8 @@ class Structural:
             )
         if self.compensate not in COMPENSATIONS:
             raise ValueError(f"compensate is one of {', '.join(COMPENSATIONS)}; got {self.compensate!r}")
+        if not 0 <= self.correction <= 1:
+            raise ValueError(f"correction is a share from 0 to 1; got {self.correction}")
         if self.shape not in SHAPES:
             raise ValueError(f"shape is one of {', '.join(SHAPES)}; got {self.shape!r}")
         for name in ("round_to", "calibration_samples", "calibration_seq_len"):
@@ -200,7 +206,9 @@ class Structural:
         elif self.resolved_compensate == "mean":
             bias = importance.mean_bias(model, units, keep_U, run.fill)
         elif self.resolved_compensate == "least-squares":
-            bias = importance.refit(model, units, keep_U, run.calibration, ridge=self.ridge, tick=run.tick)
+            bias = importance.refit(
+                model, units, keep_U, run.calibration, ridge=self.ridge, correction=self.correction, tick=run.tick
+            )
         before = structure.layer_parameters(model), structure.total_parameters(model)
         account = structure.kept(units, keep_U)
         structure.remove(model, units, keep_U, bias)
