@@ -123,14 +123,15 @@ def prune(
     reset_peak()
     started = time.monotonic()
     run = method.start(model, tokenizer, text)
-    if kept is not None and kept.exists():
+    searched = kept is None or not kept.exists()
+    if kept is not None and not searched:
         keep_U, account = torch.load(kept, weights_only=True), {}
     else:
         keep_U, account = method.choose(run)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(keep_U, kept)
-    seconds, memory = time.monotonic() - started, peak()
+    cost = {"search_seconds": time.monotonic() - started, "search_peak_mb": peak()} if searched else {}
     held = data.blocks(text.validation, tokenizer, 128, seed=1)[:32]
     losses: dict[str, float] = {}
     best: Any = None
@@ -149,8 +150,7 @@ def prune(
         "removed_of_layers": record["removed_of_layers"],
         "removed_of_model": record["removed_of_model"],
         "forwards": account.get("forwards"),
-        "search_seconds": seconds,
-        "search_peak_mb": memory,
+        **cost,  # not of a search that was kept
         "layers": [[size.num_kv_heads, size.intermediate_size] for size in structure.sizes(best)],
     }
 
