@@ -128,6 +128,7 @@ def test_types(bytes_, tmp_path, capsys):
         assert main(["export", str(folder), "--to", "gguf", "--outtype", outtype, "--out", str(out)]) == 0
         said = " ".join(capsys.readouterr().out.split())
         assert f"written {out}" in said and f"architecture deci, {outtype}; run in llama.cpp" in said
+        assert ("1 matrices are f16" in said) == outtype.startswith("q")
         assert 1 < out.stat().st_size / (bytes_each * structure.total_parameters(model)) < 1.5
 
 

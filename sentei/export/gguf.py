@@ -32,7 +32,7 @@ from sentei.structure import LayerSize
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # By type, how far log-probabilities of likely tokens may be from those of the model: rounding, several times over.
-TYPES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5, "q4_0": math.inf}
+TYPES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0, "q4_0": math.inf}
 PROMPT = "The gardener cuts the branches that bear no fruit, and in 1998 the tree"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
@@ -75,8 +75,13 @@ def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: b
     if getattr(model.config, "sliding_window", None):
         notes.append(f"llama.cpp attends to all tokens, the model to the last {model.config.sliding_window:,}")
     with replacing(out) as part:
-        _write(part, model, architecture, words, outtype, name=Path(folder).name)
+        wide = _write(part, model, architecture, words, outtype, name=Path(folder).name)
         difference = _check_run(part, model, tokenizer, TYPES[outtype])
+    if wide:
+        notes.append(
+            f"{wide} matrices are f16: their rows are no multiple of 32; compress with --round-to 32 to have them "
+            f"{outtype}"
+        )
     return {
         "file": str(out), "bytes": out.stat().st_size, "architecture": architecture, "outtype": outtype,
         "notes": notes, "difference": difference,
@@ -150,7 +155,8 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-def _write(part: Path, model: Any, architecture: str, words: dict[str, Any], outtype: str, name: str) -> None:
+def _write(part: Path, model: Any, architecture: str, words: dict[str, Any], outtype: str, name: str) -> int:
+    """How many matrices could not be of `outtype`."""
     import gguf
 
     config, sizes = model.config, _held(model, architecture)
@@ -187,11 +193,12 @@ def _write(part: Path, model: Any, architecture: str, words: dict[str, Any], out
         writer.add_chat_template(words["chat_template"])
 
     written: dict[str, str] = {}
+    wide = 0
     for title, tensor in tensors(model, architecture):
         array = tensor.detach().float().numpy()
         kind = gguf.GGMLQuantizationType[outtype.upper() if array.ndim > 1 else "F32"]
         if array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            kind = gguf.GGMLQuantizationType.F16
+            kind, wide = gguf.GGMLQuantizationType.F16, wide + 1
         array = gguf.quantize(array, kind)
         written[title] = hashlib.sha256(array.tobytes()).hexdigest()
         writer.add_tensor(title, array, raw_dtype=kind)
@@ -202,6 +209,7 @@ def _write(part: Path, model: Any, architecture: str, words: dict[str, Any], out
     found = {str(t.name): hashlib.sha256(t.data.tobytes()).hexdigest() for t in gguf.GGUFReader(part).tensors}
     if found != written:
         raise ValueError(f"{part.name} was read back with other tensors than were written; is the disk sound?")
+    return wide
 
 
 def _held(model: nn.Module, architecture: str) -> list[LayerSize]:
