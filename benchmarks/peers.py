@@ -123,15 +123,15 @@ def prune(
     reset_peak()
     started = time.monotonic()
     run = method.start(model, tokenizer, text)
-    searched = kept is None or not kept.exists()
-    if kept is not None and not searched:
+    reused = kept is not None and kept.exists()
+    if reused:
         keep_U, account = torch.load(kept, weights_only=True), {}
     else:
         keep_U, account = method.choose(run)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(keep_U, kept)
-    cost = {"search_seconds": time.monotonic() - started, "search_peak_mb": peak()} if searched else {}
+    cost = {} if reused else {"search_seconds": time.monotonic() - started, "search_peak_mb": peak()}
     held = data.blocks(text.validation, tokenizer, 128, seed=1)[:32]
     losses: dict[str, float] = {}
     best: Any = None

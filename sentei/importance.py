@@ -436,12 +436,13 @@ def refit(
     min |W x + c e - W' x_K - b|^2 + ridge * mean(diag) |W' - W_K|^2. Weights are changed in place.
 
     e is what the residual stream lacks there, in comparison with the dense model's, after all that was done to the
-    layers below, and c the share of it that this linear is asked to make good. A share of 1 asks for what the kept
-    inputs do not know, and was worse on held-out text than none; so is any on little text (LOG.md, 2026-11-22).
+    layers below, and c the share of it that this linear is asked to make good. A share of 1 on 8,192 tokens asks for
+    what the kept inputs do not know, and was worse on held-out text than none; 0.3 on 16,384 was better (LOG.md).
 
     Args:
         ridge: pull towards the old weights, in units of the mean variance of the inputs.
-        correction: c, for decoders that add a sub-layer's output to the stream as it is. Not 0: one more pass.
+        correction: c, for decoders that add a sub-layer's output to the stream as it is. Not 0: the text goes
+            through the dense model too, and once more through each layer that is pruned.
         with_bias: False where the target format has no bias.
     Returns:
         (layer, kind) -> [H] bias to add when the units are removed.

@@ -244,6 +244,7 @@ def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):
     bytes_.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     refused(toy("llama", rope_parameters=yarn), "rotary scaling 'yarn' is not written as GGUF")
+    refused(toy("llama", vocab_size=250), "the tokenizer has 262 tokens, the model 250")
     refused(None, "give one that ends in .gguf", out="model")
     refused(None, "outtype 'q5' is not known; use f32, f16", outtype="q5")
     (tmp_path / "there.gguf").write_text("mine")

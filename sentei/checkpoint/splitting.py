@@ -22,8 +22,8 @@ SPLITS = {
 
 def name_of(tokenizer: Any) -> str | None:
     """llama.cpp's name for the way a tokenizer splits; None where we know none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    table: dict[str, Any] = (json.loads(backend.to_str()).get("pre_tokenizer") or {}) if backend is not None else {}
+    splitter = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    table: dict[str, Any] = {} if splitter is None else json.loads(splitter.__getstate__())
     steps: list[str] = []
     for step in table.get("pretokenizers", [table] if table else []):
         kind = step["type"]

@@ -43,14 +43,14 @@ def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: b
     Args:
         folder: a checkpoint that `sentei.load` takes.
         out: the file.
-        outtype: of matrices, one of TYPES; vectors stay in float32, and so do, as float16, matrices whose rows are no
-            multiple of a block of 32.
+        outtype: of matrices, one of TYPES. Vectors are float32; matrices whose rows are no multiple of a quantised
+            type's block of 32 are float16.
     Returns:
         "file", "bytes", "architecture", "outtype", "notes" (what the user should know), and "difference": the largest
         between log-probabilities of llama.cpp and transformers, None without llama.cpp.
     Raises:
-        ValueError: no such architecture, tokenizer or type in llama.cpp, what there to do instead; or the file was
-            there, or did not pass its check. Nothing is written then.
+        ValueError: llama.cpp has no such architecture, tokenizer or type (and what to do instead); the file was there
+            already, or did not pass its check. Nothing is written then.
     """
     out = Path(out).absolute()
     if outtype not in TYPES:
@@ -136,6 +136,8 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
             f"the tokenizer ({kind}) is not one that sentei can write as GGUF: byte-level BPE, split as gpt-2, smollm, "
             "llama-bpe or qwen2 do. llama.cpp's own conversion script knows more, from a folder in a plain form"
         )
+    if len(tokenizer) > size:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the model {size:,}: are they of one model?")
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [_UNUSED] * size
     for token, number in table["model"]["vocab"].items():
@@ -217,11 +219,11 @@ def _held(model: nn.Module, architecture: str) -> list[LayerSize]:
 
     Zeros stand for what is gone; biases that removed heads or channels left need such a place too.
     """
-    found = []
-    for number, size in enumerate(structure.sizes(model)):
+    found, sizes = [], structure.sizes(model)
+    head_dim = max(size.head_dim for size in sizes)
+    for number, size in enumerate(sizes):
         if architecture == "deci":
             if not size.num_heads and (number == 0 or size.attention_bias):
-                head_dim = max(other.head_dim for other in structure.sizes(model))
                 size = replace(size, num_heads=1, num_kv_heads=1, head_dim=head_dim)
             size = replace(size, intermediate_size=size.intermediate_size or 32)
         found.append(size)

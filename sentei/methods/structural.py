@@ -93,7 +93,7 @@ class Structural:
     ridge: float = option(0.1, "least-squares: pull towards the old weights, in units of the mean input variance")
     correction: float = option(
         0.0,
-        "least-squares: share of the layers' errors below that each refit makes good; 0.3 for 30,000 tokens or more",
+        "least-squares: share of the layers' errors below that each refit makes good; 0.3 for 16,000 tokens or more",
     )
     seed: int = option(0, "for every random choice")
 
