@@ -1,0 +1,168 @@
+"""What each ingredient of policy-gradient pruning gives, and the peers without a refit, on several texts.
+
+    python benchmarks/ingredients.py --out results/ingredients-smollm2.json --sparsity 0.2 0.3 0.5
+    python benchmarks/ingredients.py --out results/ingredients-smollm2.json --markdown
+
+A row adds one ingredient to the row above it, from equal widths in FLAP's order to all of them. The peers are those of
+`peers.py`, at the same budget and as they were published: without compensation or with the means of what goes,
+whichever is better on held-out calibration text. All calibrate on the same articles; each is judged on WikiText-2 raw
+test and, the last row and the peers, on texts of other kinds. Rows are appended as they are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peers import ROWS, prune
+from tables import made_on, resumed, spread, write
+
+from sentei import checkpoint, data, evaluate
+from sentei.methods.one_shot import OneShot
+from sentei.methods.policy_gradient import PolicyGradient
+from sentei.recipe import find_model
+
+SEARCH = PolicyGradient(granularity="channels", init="flap", compensate="mean")
+INGREDIENTS: dict[str, tuple[int, str, int, float]] = {  # pairs of forwards, compensation, blocks, correction
+    "equal widths, FLAP's order": (0, "none", 64, 0.0),
+    "+ means of what goes": (0, "mean", 64, 0.0),
+    "+ search over widths": (50, "mean", 64, 0.0),
+    "+ refit on 8,192 tokens": (50, "least-squares", 64, 0.0),
+    "+ refit on 32,768 tokens": (50, "least-squares", 256, 0.0),
+    "+ 0.3 of the layers' errors made good": (50, "least-squares", 256, 0.3),
+}
+LAST = list(INGREDIENTS)[-1]
+PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    if args.markdown:
+        print(markdown(json.loads(out.read_text())))
+        return
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
+    text = data.load(args.data)
+    table = (
+        resumed(
+            out,
+            {
+                "model": Path(args.model).name if Path(args.model).exists() else args.model,
+                "calibration": {"name": Path(args.data).name, "sha256": text.sha256},
+                "texts": {name.partition("=")[0]: args.text_blocks for name in args.texts},
+                "dtype": str(next(model.parameters()).dtype),
+            },
+        )
+        | made_on()
+    )
+    others = {
+        name: data.blocks(data.read_documents(path), tokenizer, 128, num=args.text_blocks, seed=0)
+        for name, _, path in (each.partition("=") for each in args.texts)
+    }
+    test = data.read_text(args.test)
+
+    def judged(pruned: Any, everywhere: bool) -> dict[str, float]:
+        pruned.eval()
+        on_test = evaluate.perplexity_text(pruned, tokenizer, test, context=128, max_blocks=100, progress=False)
+        found = {"WikiText-2": on_test}
+        if everywhere:
+            found |= {name: evaluate.perplexity(pruned, ids_NT, progress=False) for name, ids_NT in others.items()}
+        return {name: each["perplexity"] for name, each in found.items()}
+
+    made = {(row["row"], row["sparsity"], row["seed"]) for row in table["rows"]}
+
+    def put(row: dict[str, Any]) -> None:
+        table["rows"].append(row)
+        write(out, table)
+        print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
+
+    if ("dense", 0.0, 0) not in made:
+        put({"row": "dense", "sparsity": 0.0, "seed": 0, "perplexity": judged(model, everywhere=True)})
+    for sparsity in args.sparsity:
+        for name in args.rows or [*INGREDIENTS, *PEERS]:
+            for seed in args.seeds:
+                if (name, sparsity, seed) in made or (seed and name in PEERS and ROWS[name][2] == 1):
+                    continue
+                if name in INGREDIENTS:
+                    pairs, compensation, blocks, correction = INGREDIENTS[name]
+                    method, tried = replace(SEARCH, coarse_steps=pairs, correction=correction), (compensation,)
+                    kept = f"flap order, {pairs} pairs-{sparsity}-{seed}.pt"
+                else:
+                    method, tried, blocks = ROWS[name][0], ROWS[name][1], 64
+                    tried = tuple(compensation for compensation in tried if compensation != "least-squares")
+                    kept = f"{name}-{sparsity}-{seed}.pt"
+                fields: dict[str, Any] = {"sparsity": sparsity, "seed": seed}
+                if name != "greedy":
+                    fields["calibration_samples"] = blocks
+                pruned, found = prune(replace(method, **fields), tried, model, tokenizer, text, Path(args.masks) / kept)
+                row = {"row": name, "sparsity": sparsity, "seed": seed} | found
+                put(row | {"perplexity": judged(pruned, everywhere=name == LAST or name in PEERS)})
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table of the README: one line per row and sparsity, and how the last one stands against the best peer."""
+    texts = ["WikiText-2", *table["texts"]]
+    blocks = ", ".join(f"{name} {count}" for name, count in table["texts"].items())
+    lines = [
+        f"{table['model']}, {table['dtype'].removeprefix('torch.')}; perplexity at 128 (WikiText-2 raw test: 100 "
+        f"blocks; {blocks}), mean ± s.d. over seeds. Each row of policy gradient adds to the one above it; peers have "
+        "no refit.",
+        "",
+        f"| removed of layers | row | {' | '.join(texts)} |",
+        f"|---|---|{'---|' * len(texts)}",
+    ]
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in table["rows"]:
+        groups.setdefault((row["sparsity"], row["row"]), []).append(row["perplexity"])
+    names = ["dense", *INGREDIENTS, *PEERS]
+    for sparsity in sorted({sparsity for sparsity, _ in groups}):
+        for name in names:
+            group = groups.get((sparsity, name))
+            if group:
+                cells = [spread([row[text] for row in group if text in row], count=False) for text in texts]
+                lines.append(f"| {sparsity:.0%} | {name} | {' | '.join(cells)} |")
+        peers = [groups[sparsity, name] for name in PEERS if (sparsity, name) in groups]
+        ours = groups.get((sparsity, LAST))
+        if ours and peers:
+            cells = []
+            for text in texts:
+                best = min(statistics.mean(row[text] for row in group) for group in peers)
+                cells.append(f"{statistics.mean(row[text] for row in ours) / best:.2f}")
+            lines.append(f"| {sparsity:.0%} | all ingredients / best peer | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--out", default="results/ingredients-smollm2.json")
+    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
+    parser.add_argument("--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration text")
+    parser.add_argument("--test", default="../shared/data/wikitext-2-raw/wiki.test.raw")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=[
+            "news=../shared/data/nltk_text/abc.jsonl.gz",
+            "stories=../shared/data/tinystories/tinystories.jsonl.gz",
+        ],
+        help="name=path of texts of other kinds",
+    )
+    parser.add_argument("--text-blocks", type=int, default=32, help="of each, drawn at random")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
+    parser.add_argument("--rows", nargs="+", choices=[*INGREDIENTS, *PEERS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--masks", default="masks", help="folder to keep the searches in")
+    parser.add_argument("--dtype", default="auto")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    main()
