@@ -116,8 +116,9 @@ class Distillation:
         student_head = head(student)
         if student_head is None:
             raise ValueError(f"{type(student).__name__} has no language-model head: no tokens to predict")
+        device = next(student_head.linear.parameters()).device  # of a model over several, the head's
         hidden_BTH, output = hidden(student, inputs)
-        hidden_NH = hidden_BTH[wanted]
+        hidden_NH = hidden_BTH[wanted.to(hidden_BTH.device)].to(device)
         teacher_NH = teacher_head = teacher_output = None
         if self.teacher is not None:
             teacher_head = head(self.teacher)
@@ -127,7 +128,14 @@ class Distillation:
         parameters = [p for p in student_head.linear.parameters() if p.requires_grad]
         differentiate = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(parameters))
         loss, ce, divergence = _HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            hidden_NH, student_head, teacher_NH, teacher_head, targets[wanted], self, differentiate, *parameters
+            hidden_NH,
+            student_head,
+            teacher_NH,
+            teacher_head,
+            targets[wanted].to(device),
+            self,
+            differentiate,
+            *parameters,
         )
         losses = {"loss": loss, "ce": ce} | ({} if self.teacher is None else {"kl": divergence})
         return losses, output, teacher_output
@@ -212,6 +220,8 @@ class _HeadLoss(torch.autograd.Function):
             asked_n1 = asked_N[rows, None]
             target_n1 = torch.where(asked_n1, targets_N[rows, None], 0)
             ce -= log_p_nV.gather(1, target_n1)[asked_n1].sum() * ce_share
+            if teacher is None and grad_NH is None:
+                continue
             p_nV = log_p_nV.exp()
             weight_n1 = asked_n1 * (weights.ce_weight * ce_share)
             slope_nV = p_nV * weight_n1

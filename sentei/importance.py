@@ -409,7 +409,7 @@ class _Second:
     def __call__(self, x_TW: Tensor) -> None:
         x_TW = x_TW.float()
         if self.error_NH is not None:
-            error_TH = self.error_NH[self.count : self.count + len(x_TW)]
+            error_TH = self.error_NH[self.count : self.count + len(x_TW)].to(x_TW)
             self.ex += (error_TH.T @ x_TW).double().cpu()
         self.count += len(x_TW)
         self.xx += (x_TW.T @ x_TW).double().cpu()

@@ -562,11 +562,3 @@ def test_what_is_gone_as_a_whole_is_not_run(family, granularity, tokens):
         torch.testing.assert_close(model(input_ids=tokens).logits, expected, atol=1e-9, rtol=0)
     fused = granularity == "heads" and row.fused_qkv  # goes through masks
     assert bool(ran) == (not row.pre_norm or fused)
-
-
-def test_a_model_over_several_devices_is_refused(words):
-    model = tiny_model("llama")
-    model.model.layers[2].to("meta")
-    method = PolicyGradient(**QUICK)
-    with pytest.raises(ValueError, match="cpu and meta; the search needs the whole model on one device"):
-        method.choose(method.start(model, words, TEXT))

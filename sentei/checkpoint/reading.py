@@ -106,6 +106,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     task: str | None = None,
     labels: Sequence[str] | None = None,
@@ -118,6 +119,9 @@ def load(
         dtype: "auto", a name such as "float32", or a torch dtype. Auto is the checkpoint's own, but float32 on a CPU
             that has no bfloat16 instructions, where it runs three times faster.
         device: None is "cuda" if there is one, else "cpu".
+        device_map: layers over several devices, as in transformers: "auto", "balanced" or {module: device}. All must
+            fit: what is offloaded to memory or disk comes to the device in each forward anew, which no search can wait
+            for.
         trust_remote_code: run the Python code that a foreign checkpoint brings along. Never needed for our own.
         task: None is the checkpoint's own; "SequenceClassification" or "QuestionAnswering" puts that head on the model,
             the same random one each time where the checkpoint has none. Decoders classify on the last token.
@@ -125,8 +129,11 @@ def load(
     Returns:
         (model, tokenizer).
     Raises:
-        ValueError: the checkpoint is refused, or its weights are not all there and finite (a new head's excepted).
+        ValueError: the checkpoint is refused, its weights are not all there and finite (a new head's excepted), or
+            they do not fit the devices of `device_map`.
     """
+    if device_map is not None and device is not None:
+        raise ValueError("device and device_map exclude each other; give one")
     if task not in (None, *HEADS):
         raise ValueError(f"task is {task!r}; expected one of {', '.join(HEADS)}, or None")
     if task is None and (Path(path) / "sentei_adapter.json").is_file():
@@ -155,6 +162,8 @@ def load(
         with torch.random.fork_rng(enabled=task is not None):
             if task:
                 torch.manual_seed(0)
+            if device_map is not None:
+                options["device_map"] = device_map
             if source.is_sparse:
                 from sentei.checkpoint import zeros
 
@@ -174,6 +183,11 @@ def load(
             f"{path} lacks {len(absent)} of the weights that {type(model).__name__} needs, {absent[0]} first; "
             "they would be random. Is the download complete, and `architectures` in config.json right?"
         )
+    if offloaded := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{path} does not fit the devices of device_map {device_map!r}: {len(offloaded)} weights were offloaded, "
+            f"{offloaded[0]} first; load it in bfloat16, or on the CPU without device_map"
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"{path}: weight {name} holds NaN or infinity; the checkpoint is damaged, get it again")
@@ -181,7 +195,7 @@ def load(
         _refuse_unread(source, model)
         if getattr(model.config, "quantization_config", None) is not None:
             del model.config.quantization_config  # the weights are plain tensors now
-    return model.to(device).eval(), tokenizer
+    return (model if device_map is not None else model.to(device)).eval(), tokenizer
 
 
 def _refuse_unread(source: Source, model: Any) -> None:

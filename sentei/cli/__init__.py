@@ -104,7 +104,7 @@ def _command(arguments: list[str]) -> int:
 
 def _stage(options: argparse.Namespace) -> dict[str, Any]:
     fields = {key.partition(":")[2]: value for key, value in vars(options).items() if key.startswith("field:")}
-    names = ("data", "text_field", "out", "teacher", "force", "dtype", "trust_remote_code")
+    names = ("data", "text_field", "out", "teacher", "force", "dtype", "device_map", "trust_remote_code")
     return {name: getattr(options, name) for name in names} | fields
 
 

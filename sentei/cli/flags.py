@@ -172,6 +172,7 @@ def _add_stage_flags(command: Parser, out_required: bool) -> None:
     command.add_argument("--out", required=out_required, metavar="DIR", help="the new folder")
     command.add_argument("--teacher", metavar="PARENT", help="methods that learn from the dense parent: where it is")
     command.add_argument("--force", action="store_true", help="replace the folder")
+    command.add_argument("--device-map", metavar="MAP", help="auto: the layers over several devices, where it can")
     _add_load_flags(command)
 
 

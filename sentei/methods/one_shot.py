@@ -40,6 +40,7 @@ class OneShot(Structural):
     """Score once, cut once."""
 
     paper: ClassVar[str] = "peers: magnitude, Wanda-sp, FLAP, LLM-Pruner's Taylor, ShortGPT, SLEB"
+    several_devices: ClassVar[bool] = True
 
     criterion: str = option("wanda", f"one of {', '.join(CRITERIA)}")
     granularity: str = option(

@@ -77,6 +77,7 @@ class Structural:
     reads: ClassVar[str] = "text"
     saves: ClassVar[str] = "checkpoint"
     needs_teacher: ClassVar[bool] = False
+    several_devices: ClassVar[bool] = False  # works on a model whose layers lie on more than one
     may_keep_all: ClassVar[bool] = False  # a sparsity of 0 makes sense: the method does more than remove
 
     sparsity: float = option(0.3, "fraction of the decoder-layer parameters to remove, in [0, 1)")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sentei.methods import Progress
-from sentei.recipe.stage import Job, check_positions, load_data, shadow, silent
+from sentei.recipe.stage import Job, check_device_map, check_positions, load_data, shadow, silent
 
 
 def plan(
@@ -21,6 +21,7 @@ def plan(
     data: str | Path | list[str] | dict[str, float] | None = None,
     text_field: str = "text",
     dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
     teacher: str | Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -39,6 +40,7 @@ def plan(
     """
     say = report or silent
     job = Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
+    check_device_map(job, device_map)
     text, head = load_data(job.method, data, text_field)
     import psutil
     import torch
@@ -47,7 +49,9 @@ def plan(
 
     source = checkpoint.inspect(job.model, trust_remote_code=trust_remote_code)
     say({"message": f"loading {model}"})
-    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code, **head)
+    loaded, tokenizer = checkpoint.load(
+        job.model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **head
+    )
     total, layers = structure.total_parameters(loaded), structure.layer_parameters(loaded)
     of = "documents" if type(job.method).reads == "text" else "rows"
     lines = {

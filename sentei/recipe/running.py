@@ -46,6 +46,7 @@ class Recipe:
     text_field: str = "text"
     seed: int | None = None
     dtype: str = "auto"
+    device_map: str | dict[str, Any] | None = None
     trust_remote_code: bool = False
     evaluate: dict[str, Any] | None = None
     benchmark: dict[str, Any] | None = None
@@ -271,6 +272,7 @@ def _check_stages(
             "data": stage.get("data", recipe.data),
             "text_field": text_field,
             "dtype": recipe.dtype,
+            "device_map": recipe.device_map if getattr(kind, "several_devices", False) else None,
             "teacher": teacher,
             "trust_remote_code": recipe.trust_remote_code,
             **fields,

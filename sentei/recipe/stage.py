@@ -31,6 +31,7 @@ def compress(
     data: str | Path | list[str] | dict[str, float] | None = None,
     text_field: str = "text",
     dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
     teacher: str | Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -49,6 +50,7 @@ def compress(
             methods that read task rows. A method sees the train and validation parts.
             The split does not depend on the seed, so that no run trains on what another holds out.
         dtype: computation, "auto" or a name such as "float32"; the saved dtype is the parent's.
+        device_map: for a model larger than one device, "auto" or as in transformers; for one_shot and policy_gradient.
         teacher: for methods that learn from the dense parent: None is the parent that the checkpoint itself records.
         force: replace `out`.
         report: called with {"step", "of", "message"} while work goes on.
@@ -59,12 +61,15 @@ def compress(
         ValueError, OSError: anything that is wrong with the input; nothing is left in `out` then.
     """
     job = Job.check(model, method, fields, out, force=force, teacher=teacher, trust_remote_code=trust_remote_code)
+    check_device_map(job, device_map)
     text, head = load_data(job.method, data, text_field)
     from sentei import checkpoint
 
     say = report or silent
     say({"message": f"loading {model}"})
-    loaded, tokenizer = checkpoint.load(job.model, dtype=dtype, trust_remote_code=trust_remote_code, **head)
+    loaded, tokenizer = checkpoint.load(
+        job.model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, **head
+    )
     check_positions(loaded, job.method)
     if job.method.structural:  # what cannot be saved is refused before hours of search
         shadow(job, loaded, job.method.units_of(loaded))
@@ -141,6 +146,11 @@ def check_positions(model: Any, method: Any) -> None:
     for name, value in dataclasses.asdict(method).items():
         if name.endswith("seq_len") and positions is not None and value > positions:
             raise ValueError(f"{name} is {value}; the model has positions for {positions} tokens at most")
+
+
+def check_device_map(job: Job, device_map: Any) -> None:
+    if device_map is not None and not getattr(job.method, "several_devices", False):
+        raise ValueError(f"method {job.name} works on one device; leave device_map out")
 
 
 def silent(event: dict[str, Any]) -> None:

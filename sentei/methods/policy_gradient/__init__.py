@@ -71,6 +71,7 @@ class PolicyGradient(Structural):
     """Learn which units to keep, from forward passes only."""
 
     paper: ClassVar[str] = "arXiv 2406.10576"
+    several_devices: ClassVar[bool] = True
 
     preset: str = option("ours", "ours, or paper: the authors' settings (any field that is given still wins)")
     granularity: str = option(

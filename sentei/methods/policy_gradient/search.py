@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import broadcast, reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sentei import importance, masks
 from sentei.atomic import replacing
@@ -43,7 +43,8 @@ class Search:
         self.method, self.run, self.units, self.folder = method, run, run.units, run.workdir
         self.processes = processes()
         self.rank, self.ranks = self.processes.process_index, self.processes.num_processes
-        _refuse_several_devices(run.model)
+        if self.ranks > 1 and len({weight.device for weight in run.model.parameters()}) > 1:
+            raise ValueError("a model over several devices is searched by one process; start it without accelerate")
         self.remove = masks.removal_target(run.units, method.sparsity)
         self.reward = None if method.reward == "lm_loss" else Reward(method.reward)
         self._read_data()
@@ -372,12 +373,3 @@ def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
         name: [finite(each) for each in value] if isinstance(value, list) else finite(value)
         for name, value in record.items()
     }
-
-
-def _refuse_several_devices(model: nn.Module) -> None:
-    devices = sorted({str(weight.device) for weight in model.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
-        raise ValueError(
-            f"the weights are on {' and '.join(devices)}; the search needs the whole model on one device. Load it "
-            "without device_map, in bfloat16 if it is too large, or on the CPU"
-        )
