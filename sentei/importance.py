@@ -73,9 +73,16 @@ class Replay:
 
         return hook
 
-    def _run(self, number: int) -> Iterator[Tensor]:
-        with torch.no_grad():
+    def _run(self, number: int, now: dict[str, Tensor] | None = None) -> Iterator[Tensor]:
+        """`now`, if given, is told of each batch: kind -> [T, H] the stream that the sub-layer's output is added to."""
+        with ExitStack() as stack, torch.no_grad():
+            if now is not None:
+                tell = lambda module, inputs: now.update(channels=inputs[0].flatten(0, 1))  # noqa: E731
+                before_mlp = self.layers[number].get_submodule(self.row.mlp_norms[0])
+                stack.callback(before_mlp.register_forward_pre_hook(tell).remove)
             for hidden in self.hidden:
+                if now is not None:
+                    now["heads"] = hidden.flatten(0, 1)
                 args, kwargs = self._arguments[len(hidden), number]
                 yield self.layers[number](hidden, *args, **kwargs)
 
@@ -83,24 +90,22 @@ class Replay:
         for i, output in enumerate(self._run(number)):
             self.hidden[i] = output
 
-    def watch(self, number: int, see: dict[str, Callable[[Tensor], None]]) -> None:
+    def watch(
+        self, number: int, see: dict[str, Callable[[Tensor], None]], now: dict[str, Tensor] | None = None
+    ) -> None:
         with watching(self.layers[number], self.row, see):
-            for _ in self._run(number):
+            for _ in self._run(number, now):
                 pass
 
-    def streams(self, number: int, advance: bool = False) -> dict[str, Tensor]:
-        """kind -> [tokens, H] the residual stream that the sub-layer's output is added to; runs the layer for it."""
-        middle: list[Tensor] = []
-        keep = lambda module, inputs: middle.append(inputs[0].detach())  # noqa: E731
-        handle = self.layers[number].get_submodule(self.row.mlp_norms[0]).register_forward_pre_hook(keep)
-        before = self.hidden
-        outputs = list(self._run(number))
-        handle.remove()
-        if advance:
-            self.hidden = outputs
-        return {
-            kind: torch.cat([x.flatten(0, 1) for x in of]) for kind, of in (("heads", before), ("channels", middle))
-        }
+    def streams(self, number: int) -> dict[str, Tensor]:
+        """Advances; kind -> [tokens, H] the residual stream that the sub-layer's output was added to."""
+        now: dict[str, Tensor] = {}
+        found: dict[str, list[Tensor]] = {"heads": [], "channels": []}
+        for i, output in enumerate(self._run(number, now)):
+            self.hidden[i] = output
+            for kind, of in found.items():
+                of.append(now[kind])
+        return {kind: torch.cat(of) for kind, of in found.items()}
 
 
 def takes_correction(row: Family) -> bool:
@@ -396,21 +401,22 @@ class _Second:
     """First and second moments of a reading linear's inputs, in float64; of an error beside them, if there is one.
 
     Args:
-        error_NH: [tokens, H], what the output should be moved by, in the order in which the inputs come.
+        error: called with the tokens of a batch, as a slice; [T, H] what the output should be moved by there.
     """
 
-    def __init__(self, width: int, error_NH: Tensor | None = None):
+    def __init__(self, width: int, error: Callable[[slice], Tensor] | None = None):
         self.count = 0
         self.xx = torch.zeros(width, width, dtype=torch.double)
         self.x = torch.zeros(width, dtype=torch.double)
-        self.error_NH = error_NH
-        self.ex = torch.zeros(() if error_NH is None else (error_NH.shape[1], width), dtype=torch.double)
+        self.error = error
+        self.e = self.ex = torch.zeros(())
 
     def __call__(self, x_TW: Tensor) -> None:
         x_TW = x_TW.float()
-        if self.error_NH is not None:
-            error_TH = self.error_NH[self.count : self.count + len(x_TW)].to(x_TW)
-            self.ex += (error_TH.T @ x_TW).double().cpu()
+        if self.error is not None:
+            error_TH = self.error(slice(self.count, self.count + len(x_TW))).to(x_TW)
+            self.ex = self.ex + (error_TH.T @ x_TW).double().cpu()
+            self.e = self.e + error_TH.sum(0).double().cpu()
         self.count += len(x_TW)
         self.xx += (x_TW.T @ x_TW).double().cpu()
         self.x += x_TW.sum(0).double().cpu()
@@ -453,10 +459,11 @@ def refit(
     check_refit_tokens(model, units, blocks_NT.numel())
     replay = Replay(model, blocks_NT, batch_size)
     dense = Replay(model, blocks_NT, batch_size) if correction and takes_correction(row) else None
+    now: dict[str, Tensor] = {}
     bias: dict[tuple[int, str], Tensor] = {}
     for number, layer in enumerate(replay.layers):
         tick("refitting", number, len(replay.layers))
-        streams = {} if dense is None else dense.streams(number, advance=True)
+        streams = {} if dense is None else dense.streams(number)
         with ExitStack() as stack:
             for kind in ("heads", "channels"):
                 linear = structure.reader(layer, row, kind)
@@ -465,9 +472,10 @@ def refit(
                 dropped_K = _dropped_columns(layer, row, units, keep_U, number, kind)
                 if not len(dropped_K):
                     continue
-                error_NH = correction * (streams[kind] - replay.streams(number)[kind]) if streams else None
-                seen = _Second(linear.in_features, error_NH)
-                replay.watch(number, {kind: seen})
+                seen = _Second(linear.in_features)
+                if streams:
+                    seen.error = lambda of, there=streams[kind], kind=kind: correction * (there[of] - now[kind])
+                replay.watch(number, {kind: seen}, now if streams else None)
                 kept_W = torch.ones(linear.in_features, dtype=torch.bool)
                 kept_W[dropped_K] = False
                 weight_HW, shift_H = _solve(linear.weight, kept_W, seen, ridge, with_bias)
@@ -497,8 +505,8 @@ def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_
     mean_W = seen.x / seen.count * with_bias
     covariance = seen.xx / seen.count - torch.outer(mean_W, mean_W)
     wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W  # covariance of what is asked for, with x; its mean
-    if seen.error_NH is not None:
-        mean_H = seen.error_NH.double().mean(0).cpu()
+    if seen.error is not None:
+        mean_H = seen.e / seen.count
         wanted_HW = wanted_HW + seen.ex / seen.count - torch.outer(mean_H, mean_W)
         wanted_H = wanted_H + mean_H
     inside = covariance[kept_W][:, kept_W]
