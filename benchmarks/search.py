@@ -2,13 +2,15 @@
 
     python benchmarks/search.py --model smollm2 --out results/search-cost.json
     python benchmarks/search.py --model smollm2 --processes 2 --out results/search-processes.json
+    python benchmarks/search.py --scaling --out results/search-scaling.json
 
 Time, each as a ratio to the dense forward of the same round, next to the ideal (floating-point operations of what is
 kept, LM head included): "masked" and "sliced" are the forward of one batch under the mask that a step samples, with the
 means of dropped channels filled in; "step" is a whole step of the search, sampling and update included, per sampled
 mask. Memory: peak resident set of a process that loads the model and runs the forward of one batch, and of one that
 searches with that batch. With --processes the time of as many sampled masks by one process and by several (gloo, one
-thread each) is measured instead.
+thread each) is measured instead; with --scaling a step of random Llama models of several widths and batches, which
+should take as long as their parameters, LM head included, times their tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sentei.methods.policy_gradient.levels import Widths
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
+SCALING = ((512, 8), (768, 8), (1024, 8), (768, 2), (768, 4), (768, 16))  # hidden width, blocks of 128 tokens
 
 
 def main() -> None:
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's, if the machine is quick in it), ...")
     parser.add_argument("--processes", type=int, help="measure the speed-up of this many instead")
     parser.add_argument("--steps", type=int, default=12, help="of one process, for --processes")
+    parser.add_argument("--scaling", action="store_true", help="measure random models of several widths instead")
     parser.add_argument("--worker", choices=("inference", "search", "steps"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -54,7 +58,12 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "dtype": args.dtype,
     }
-    result |= {"processes": speed_up(args)} if args.processes else {"time": times(args), "memory": memory(args)}
+    if args.processes:
+        result["processes"] = speed_up(args)
+    elif args.scaling:
+        result |= {"model": "random Llama, 12 layers", "scaling": scaling(args)}
+    else:
+        result |= {"time": times(args), "memory": memory(args)}
     tables.write(Path(args.out), result)
     print(json.dumps(result, indent=1))
 
@@ -67,13 +76,21 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
     return checkpoint.load(find_model(args.model), dtype=args.dtype)
 
 
+def level_of(model: Any, tokenizer: Any, text: Any, **fields: Any) -> Widths:
+    """The search over the widths of a model, ready for its first step."""
+    from sentei.methods.policy_gradient import PolicyGradient
+    from sentei.methods.policy_gradient.levels import Allocation, Widths
+    from sentei.methods.policy_gradient.search import Search
+
+    method = PolicyGradient(granularity="channels", calibration_samples=16, **fields)
+    search = Search(method, method.start(model, tokenizer, text))
+    return Widths(search, Allocation(search))
+
+
 def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from sentei import data
-    from sentei.methods.policy_gradient import PolicyGradient
-    from sentei.methods.policy_gradient.levels import Allocation, Widths
-    from sentei.methods.policy_gradient.search import Search
 
     model, tokenizer = loaded(args)
     text, head, rows = data.load(args.data), model.get_output_embeddings().weight.numel(), []
@@ -82,12 +99,8 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
         taken: dict[Any, list[float]] = {}
         with torch.inference_mode():
             for sparsity in SPARSITIES:
-                method = PolicyGradient(
-                    sparsity=sparsity, granularity="channels", batch_size=batch, coarse_steps=args.rounds + 1,
-                    calibration_samples=16,
-                )  # fmt: skip
-                search = Search(method, method.start(model, tokenizer, text))
-                levels[sparsity] = Widths(search, Allocation(search))
+                fields = {"sparsity": sparsity, "batch_size": batch, "coarse_steps": args.rounds + 1}
+                levels[sparsity] = level_of(model, tokenizer, text, **fields)
             for turn in range(args.rounds + 1):  # the first round warms up
                 for sparsity, level in levels.items():
                     for way, seconds in one_round(level, turn, dense=sparsity == SPARSITIES[0]).items():
@@ -160,21 +173,50 @@ def steps(args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from sentei import data
-    from sentei.methods.policy_gradient import PolicyGradient
-    from sentei.methods.policy_gradient.levels import Allocation, Widths
-    from sentei.methods.policy_gradient.search import Search
 
-    model, tokenizer = loaded(args)
-    method = PolicyGradient(granularity="channels", coarse_steps=args.steps + 1, calibration_samples=16)
     with torch.inference_mode():
-        search = Search(method, method.start(model, tokenizer, data.load(args.data)))
-        level = Widths(search, Allocation(search))
+        level = level_of(*loaded(args), data.load(args.data), coarse_steps=args.steps + 1)
         level.update(level.measure(0, 0), 0)  # warms up
-        search.processes.wait_for_everyone()
+        level.search.processes.wait_for_everyone()
         began = time.perf_counter()
         for step in range(1, args.steps + 1):
             level.update(level.measure(step, step), step)
         return {"seconds": time.perf_counter() - began}
+
+
+def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of a step for each of its two masks, all sizes in turns, and how far from linear each size is."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sentei import data
+
+    (_, tokenizer), text = loaded(args), data.load(args.data)
+    models: dict[int, Any] = {}
+    for hidden in {hidden: None for hidden, _ in SCALING}:
+        sizes = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_attention_heads": hidden // 64}
+        config = LlamaConfig(num_hidden_layers=12, vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
+        models[hidden] = LlamaForCausalLM(config).eval()
+    with torch.inference_mode():
+        fields = {"coarse_steps": args.rounds + 1, "sparsity": 0.3}
+        levels = {
+            (hidden, batch): level_of(models[hidden], tokenizer, text, batch_size=batch, **fields)
+            for hidden, batch in SCALING
+        }
+        taken: dict[tuple[int, int], list[float]] = {size: [] for size in SCALING}
+        for turn in range(args.rounds + 1):
+            for size, level in levels.items():
+                began = time.perf_counter()
+                level.update(level.measure(turn, turn), turn)
+                taken[size].append((time.perf_counter() - began) / 2)
+    rows = []
+    for hidden, batch in SCALING:
+        parameters, tokens = sum(weight.numel() for weight in models[hidden].parameters()), batch * 128
+        seconds = statistics.median(taken[hidden, batch][1:])  # the first warms up
+        each = seconds / parameters / tokens
+        rows.append({"hidden": hidden, "parameters": parameters, "tokens": tokens, "seconds": seconds, "each": each})
+        rows[-1]["of_linear"] = each / rows[0].get("each", each)
+    return rows
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
