@@ -5,8 +5,8 @@
 
 A row adds one ingredient to the row above it, from equal widths in FLAP's order to all of them. The peers are those of
 `peers.py`, at the same budget and as they were published: without compensation or with the means of what goes,
-whichever is better on held-out calibration text. All calibrate on the same articles; each is judged on WikiText-2 raw
-test and, the last row and the peers, on texts of other kinds. Rows are appended as they are made.
+whichever is better on held-out calibration text. All calibrate on the same articles and are judged on WikiText-2 raw
+test and on texts of other kinds. Rows are appended as they are made.
 """
 
 from __future__ import annotations
@@ -66,13 +66,11 @@ def main() -> None:
     }
     test = data.read_text(args.test)
 
-    def judged(pruned: Any, everywhere: bool) -> dict[str, float]:
+    def judged(pruned: Any) -> dict[str, float]:
         pruned.eval()
         on_test = evaluate.perplexity_text(pruned, tokenizer, test, context=128, max_blocks=100, progress=False)
-        found = {"WikiText-2": on_test}
-        if everywhere:
-            found |= {name: evaluate.perplexity(pruned, ids_NT, progress=False) for name, ids_NT in others.items()}
-        return {name: each["perplexity"] for name, each in found.items()}
+        found = {name: evaluate.perplexity(pruned, ids_NT, progress=False) for name, ids_NT in others.items()}
+        return {name: each["perplexity"] for name, each in ({"WikiText-2": on_test} | found).items()}
 
     made = {(row["row"], row["sparsity"], row["seed"]) for row in table["rows"]}
 
@@ -82,7 +80,7 @@ def main() -> None:
         print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
 
     if ("dense", 0.0, 0) not in made:
-        put({"row": "dense", "sparsity": 0.0, "seed": 0, "perplexity": judged(model, everywhere=True)})
+        put({"row": "dense", "sparsity": 0.0, "seed": 0, "perplexity": judged(model)})
     for sparsity in args.sparsity:
         for name in args.rows or [*INGREDIENTS, *PEERS]:
             for seed in args.seeds:
@@ -101,7 +99,7 @@ def main() -> None:
                     fields["calibration_samples"] = blocks
                 pruned, found = prune(replace(method, **fields), tried, model, tokenizer, text, Path(args.masks) / kept)
                 row = {"row": name, "sparsity": sparsity, "seed": seed} | found
-                put(row | {"perplexity": judged(pruned, everywhere=name == LAST or name in PEERS)})
+                put(row | {"perplexity": judged(pruned)})
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -124,7 +122,7 @@ def markdown(table: dict[str, Any]) -> str:
         for name in names:
             group = groups.get((sparsity, name))
             if group:
-                cells = [spread([row[text] for row in group if text in row], count=False) for text in texts]
+                cells = [spread([row[text] for row in group], count=False) for text in texts]
                 lines.append(f"| {sparsity:.0%} | {name} | {' | '.join(cells)} |")
         peers = [groups[sparsity, name] for name in PEERS if (sparsity, name) in groups]
         ours = groups.get((sparsity, LAST))
