@@ -41,8 +41,12 @@ ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations t
     "taylor": (OneShot(criterion="taylor"), ("none", "mean", "least-squares"), 1),
     "shortgpt": (OneShot(criterion="block_influence"), ("none",), 1),
     "greedy": (OneShot(criterion="greedy", calibration_samples=8), ("none",), 1),
-    "policy gradient": (PolicyGradient(granularity="channels", compensate="mean"), ("mean", "least-squares"), 3),
-    "policy gradient, heads too": (PolicyGradient(compensate="mean"), ("mean", "least-squares"), 1),
+    "policy gradient": (
+        PolicyGradient(granularity="channels", compensate="mean", init="wanda"),
+        ("mean", "least-squares"),
+        3,
+    ),
+    "policy gradient, heads too": (PolicyGradient(compensate="mean", init="wanda"), ("mean", "least-squares"), 1),
 }
 
 
@@ -79,7 +83,7 @@ def main() -> None:
                 wanted = [False, True] if args.heal_steps else [False]
                 if all((name, sparsity, seed, healed) in made for healed in wanted):
                     continue
-                fields = {"sparsity": sparsity, "seed": seed}
+                fields = {"sparsity": sparsity, "seed": seed, "correction": 0.0}  # ingredients.py has what that gives
                 if name != "greedy":
                     fields["calibration_samples"] = args.calibration
                 if isinstance(method, PolicyGradient):

@@ -448,7 +448,7 @@ def refit(
     Args:
         ridge: pull towards the old weights, in units of the mean variance of the inputs.
         correction: c, for decoders that add a sub-layer's output to the stream as it is. Not 0: the text goes
-            through the dense model too, and once more through each layer that is pruned.
+            through the dense model too.
         with_bias: False where the target format has no bias.
     Returns:
         (layer, kind) -> [H] bias to add when the units are removed.

@@ -517,8 +517,8 @@ def test_uniform_searches_inside_each_layer(words, monkeypatch):
     select = PolicyGradient.select
     monkeypatch.setattr(PolicyGradient, "select", lambda self, *a, **k: kept.append(select(self, *a, **k)) or kept[-1])
     method = PolicyGradient(
-        sparsity=0.3, shape="uniform", channel_group=2, keep_best=False, lr=0.02, estimator="leave_one_out",
-        **QUICK | {"steps": 150, "eval_every": 150},
+        sparsity=0.3, shape="uniform", init="wanda", channel_group=2, keep_best=False, lr=0.02,
+        estimator="leave_one_out", **QUICK | {"steps": 150, "eval_every": 150},
     )  # fmt: skip
     record = method.compress(model, words, TEXT)
     assert len({(size.num_kv_heads, size.intermediate_size) for size in structure.sizes(model)}) == 1

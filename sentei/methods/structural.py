@@ -93,8 +93,8 @@ class Structural:
     calibration_seq_len: int = option(128, "tokens per block")
     ridge: float = option(0.1, "least-squares: pull towards the old weights, in units of the mean input variance")
     correction: float = option(
-        0.0,
-        "least-squares: share of the layers' errors below that each refit makes good; 0.3 for 16,000 tokens or more",
+        0.3,
+        "least-squares: share of the errors of the layers below that each refit makes good; pays from 16,000 tokens",
     )
     seed: int = option(0, "for every random choice")
 

@@ -84,7 +84,10 @@ class PolicyGradient(Structural):
         "none, mean or least-squares; auto: mean for heads and channels; unless none, the search fills in the means",
     )
     init: str = option(
-        "auto", f"initial scores: {', '.join(INITS)}; auto: wanda, or block_influence for whole blocks", "authors' code"
+        "auto",
+        f"initial scores: {', '.join(INITS)}; auto: flap where means are filled in, else wanda; block_influence for "
+        "whole blocks",
+        "wanda: authors' code",
     )
     budget: str = option("global", "global: all units compete; family: heads and channels lose the same fraction")
     slope_sweeps: int = option(
@@ -175,7 +178,9 @@ class PolicyGradient(Structural):
 
     @property
     def resolved_init(self) -> str:
-        return ("block_influence" if self.whole else "wanda") if self.init == "auto" else self.init
+        if self.init != "auto":
+            return self.init
+        return "block_influence" if self.whole else "wanda" if self.resolved_compensate == "none" else "flap"
 
     @property
     def resolved_reward_scale(self) -> str:
