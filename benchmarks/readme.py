@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import estimators
+import ingredients
 from peers import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ def main() -> None:
         ("demo", demo),
         ("peers-smollm2", peers),
         ("peers-smollm2-mha", peers),
+        ("ingredients-smollm2", parts_of_the_search),
         ("estimators-smollm2", ways),
         ("search-cost", search),
     ):
@@ -56,6 +58,10 @@ def demo(result: dict[str, Any]) -> str:
 
 def peers(table: dict[str, Any]) -> str:
     return "**All methods at equal parameters.** " + markdown(table)
+
+
+def parts_of_the_search(table: dict[str, Any]) -> str:
+    return "**What each ingredient of policy gradient gives.** " + ingredients.markdown(table)
 
 
 def ways(table: dict[str, Any]) -> str:
