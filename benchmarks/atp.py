@@ -68,15 +68,12 @@ NO_SETTINGS = (
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
     if args.rows:
         write_rows(Path(args.rows), args)
     elif args.overhead_of:
         print(json.dumps(train_alone(args.overhead_of, args)))
-    elif args.markdown:
-        print(markdown(json.loads(out.read_text())))
-    else:
-        measure(out, args)
+    elif not tables.printed(args, markdown):
+        measure(Path(args.out), args)
 
 
 def measure(out: Path, args: argparse.Namespace) -> None:
@@ -101,9 +98,7 @@ def measure(out: Path, args: argparse.Namespace) -> None:
                     continue
                 row = {"method": name, "sparsity": sparsity, "seed": seed}
                 row |= make(name, sparsity, seed, model, tokenizer, train, test, args)
-                table["rows"].append(row)
-                tables.write(out, table)
-                print(json.dumps({key: row[key] for key in row if key != "history"}), flush=True)
+                tables.add(out, table, row, "history")
 
 
 def settings_of(
@@ -430,13 +425,11 @@ def say(event: dict[str, Any]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tables.flags(__doc__, "results/atp-pubmedqa.json")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", choices=list(READ), default="pubmedqa")
     parser.add_argument("--train", help="a file of rows, in place of --data")
     parser.add_argument("--test", help="its test rows")
-    parser.add_argument("--out", default="results/atp-pubmedqa.json")
-    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.4, 0.5])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *MORE], default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import time
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import resumed, spread, write
+from tables import add, flags, printed, resumed, spread
 from torch import Tensor
 
 from sentei import checkpoint, data
@@ -68,10 +67,9 @@ def ways(forwards: int, layers: int, kinds: int) -> dict[str, dict[str, Any] | s
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if printed(args, markdown):
         return
+    out = Path(args.out)
     model, tokenizer = checkpoint.load(find_model(args.model))
     text = data.load(args.data)
     unseen = data.blocks(text.test, tokenizer, 128, seed=1)[:32]
@@ -109,9 +107,7 @@ def main() -> None:
                     again = attempt.start(copy.deepcopy(model), tokenizer, text)
                     attempt.cut(again, keep_U)
                     row["perplexity"][compensation] = math.exp(again.mean_loss(unseen))
-                table["rows"].append(row)
-                write(out, table)
-                print(json.dumps(row), flush=True)
+                add(out, table, row)
 
 
 @torch.inference_mode()
@@ -193,10 +189,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, "results/estimators-smollm2.json")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="results/estimators-smollm2.json")
-    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
     parser.add_argument("--data", default="../shared/data/wikitext-103-tok/valid.txt")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--granularity", default="channels")

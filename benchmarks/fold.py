@@ -52,16 +52,15 @@ FREE = ("model", "data", "test", "out", "work", "markdown", "small", "weigh", "r
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if tables.printed(args, markdown):
         return
+    out = Path(args.out)
     work = Path(args.work or Path("runs") / out.stem)
     named, args.model = args.model, parent_folder(args.model, work)
     model, tokenizer = checkpoint.load(args.model, dtype=args.dtype)
     text = data.load(args.data)
     made_with = {
-        "model": Path(named).name if Path(named).exists() else named,
+        "model": tables.name_of(named),
         "calibration": {"name": Path(args.data).name, "sha256": text.sha256},
         "test": {"name": Path(args.test).name},
         "settings": {key: value for key, value in vars(args).items() if key not in FREE},
@@ -71,9 +70,7 @@ def main() -> None:
     texts: dict[int, dict[str, torch.Tensor]] = {}
 
     def put(row: dict[str, Any]) -> None:
-        table["rows"].append(row)
-        write(out, table)
-        print(json.dumps({key: row[key] for key in row if key != "groups"}), flush=True)
+        tables.add(out, table, row, "groups")
 
     made = {(row["row"], row["stored"], row["seed"], row["healed"]) for row in table["rows"]}
     weighed = {(row["row"], row["stored"]) for row in table["weights"]}
@@ -295,11 +292,9 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tables.flags(__doc__, "results/fold-smollm2.json")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="results/fold-smollm2.json")
     parser.add_argument("--work", help="folder for the state of the row under way (runs/NAME, by the name of --out)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables of an existing file and stop")
     parser.add_argument("--small", action="store_true", help="few steps and tokens, unless a flag says otherwise")
     parser.add_argument("--weigh", action="store_true", help="save unhealed rows; measure bytes, memory and speed")
     parser.add_argument("--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration and healing")

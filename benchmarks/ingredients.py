@@ -12,7 +12,6 @@ test and on texts of other kinds. Rows are appended as they are made.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import ROWS, prune
-from tables import made_on, resumed, spread, write
+from tables import add, flags, made_on, name_of, printed, resumed, spread
 
 from sentei import checkpoint, data, evaluate
 from sentei.methods.one_shot import OneShot
@@ -42,24 +41,18 @@ PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, One
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if printed(args, markdown):
         return
+    out = Path(args.out)
     model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     text = data.load(args.data)
-    table = (
-        resumed(
-            out,
-            {
-                "model": Path(args.model).name if Path(args.model).exists() else args.model,
-                "calibration": {"name": Path(args.data).name, "sha256": text.sha256},
-                "texts": {name.partition("=")[0]: args.text_blocks for name in args.texts},
-                "dtype": str(next(model.parameters()).dtype),
-            },
-        )
-        | made_on()
-    )
+    made_with = {
+        "model": name_of(args.model),
+        "calibration": {"name": Path(args.data).name, "sha256": text.sha256},
+        "texts": {name.partition("=")[0]: args.text_blocks for name in args.texts},
+        "dtype": str(next(model.parameters()).dtype),
+    }
+    table = resumed(out, made_with) | made_on()
     others = {
         name: data.blocks(data.read_documents(path), tokenizer, 128, num=args.text_blocks, seed=0)
         for name, _, path in (each.partition("=") for each in args.texts)
@@ -73,33 +66,31 @@ def main() -> None:
         return {name: each["perplexity"] for name, each in ({"WikiText-2": on_test} | found).items()}
 
     made = {(row["row"], row["sparsity"], row["seed"]) for row in table["rows"]}
-
-    def put(row: dict[str, Any]) -> None:
-        table["rows"].append(row)
-        write(out, table)
-        print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
-
     if ("dense", 0.0, 0) not in made:
-        put({"row": "dense", "sparsity": 0.0, "seed": 0, "perplexity": judged(model)})
+        add(out, table, {"row": "dense", "sparsity": 0.0, "seed": 0, "perplexity": judged(model)})
     for sparsity in args.sparsity:
         for name in args.rows or [*INGREDIENTS, *PEERS]:
             for seed in args.seeds:
                 if (name, sparsity, seed) in made or (seed and name in PEERS and ROWS[name][2] == 1):
                     continue
-                if name in INGREDIENTS:
-                    pairs, compensation, blocks, correction = INGREDIENTS[name]
-                    method, tried = replace(SEARCH, coarse_steps=pairs, correction=correction), (compensation,)
-                    kept = f"flap order, {pairs} pairs-{sparsity}-{seed}.pt"
-                else:
-                    method, tried, blocks = ROWS[name][0], ROWS[name][1], 64
-                    tried = tuple(compensation for compensation in tried if compensation != "least-squares")
-                    kept = f"{name}-{sparsity}-{seed}.pt"
-                fields: dict[str, Any] = {"sparsity": sparsity, "seed": seed}
-                if name != "greedy":
-                    fields["calibration_samples"] = blocks
-                pruned, found = prune(replace(method, **fields), tried, model, tokenizer, text, Path(args.masks) / kept)
-                row = {"row": name, "sparsity": sparsity, "seed": seed} | found
-                put(row | {"perplexity": judged(pruned)})
+                method, compensations, search = how(name)
+                method = replace(method, sparsity=sparsity, seed=seed)
+                kept = Path(args.masks) / f"{search}-{sparsity}-{seed}.pt"
+                pruned, found = prune(method, compensations, model, tokenizer, text, kept)
+                row = {"row": name, "sparsity": sparsity, "seed": seed} | found | {"perplexity": judged(pruned)}
+                add(out, table, row, "layers")
+
+
+def how(name: str) -> tuple[Any, tuple[str, ...], str]:
+    """A row's method, the compensations tried, and the name of its search, which several rows may share."""
+    if name in INGREDIENTS:
+        pairs, compensation, blocks, correction = INGREDIENTS[name]
+        method = replace(SEARCH, coarse_steps=pairs, correction=correction, calibration_samples=blocks)
+        return method, (compensation,), f"flap order, {pairs} pairs"
+    method, compensations, _ = ROWS[name]
+    if name != "greedy":
+        method = replace(method, calibration_samples=64)
+    return method, tuple(each for each in compensations if each != "least-squares"), name
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -136,10 +127,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, "results/ingredients-smollm2.json")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="results/ingredients-smollm2.json")
-    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
     parser.add_argument("--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration text")
     parser.add_argument("--test", default="../shared/data/wikitext-2-raw/wiki.test.raw")
     parser.add_argument(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import made_on, peak, reset_peak, resumed, spread, write
+from tables import add, flags, made_on, name_of, peak, printed, reset_peak, resumed, spread
 
 from sentei import checkpoint, data, evaluate, structure
 from sentei.methods.heal import Heal
@@ -52,23 +51,20 @@ ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations t
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if printed(args, markdown):
         return
+    out = Path(args.out)
     model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
     text = data.load(args.data)
     made_with = {
-        "model": Path(args.model).name if Path(args.model).exists() else args.model,
+        "model": name_of(args.model),
         "calibration": {"name": Path(args.data).name, "sha256": text.sha256, "blocks": args.calibration, "tokens": 128},
         "dtype": str(next(model.parameters()).dtype),
     }
     table = resumed(out, made_with) | made_on()
 
     def put(row: dict[str, Any]) -> None:
-        table["rows"].append(row)
-        write(out, table)
-        print(json.dumps({key: row[key] for key in row if key != "layers"}), flush=True)
+        add(out, table, row, "layers")
 
     made: dict[Any, dict[str, Any]] = {
         (row["method"], row["sparsity"], row["seed"], row["healed"]): row for row in table["rows"]
@@ -221,10 +217,8 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, "results/peers-smollm2.json")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", default="results/peers-smollm2.json")
-    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
     parser.add_argument(
         "--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration and healing text"
     )

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import made_on, resumed, spread, write
+from tables import flags, made_on, printed, resumed, spread, write
 
 import sentei
 from sentei import checkpoint, structure
@@ -109,10 +109,9 @@ PARTS = {"train": "train", "validation": "dev", "test": "test"}
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if printed(args, markdown):
         return
+    out = Path(args.out)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     table = resumed(out, {"model": Path(args.model).name, "settings": settings}) | made_on()
     table["versions"]["sentei"] = sentei.__version__
@@ -331,11 +330,10 @@ def cell(values: list[Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--model", default="", help="folder of an encoder, with or without a language-model head")
     parser.add_argument("--corpus", nargs="+", default=["python-docs"], help="texts of stages A and B")
     parser.add_argument("--data", default="../shared/data", help="folder of the tasks")
-    parser.add_argument("--out", required=True)
     parser.add_argument("--work", default="runs/prune-once")
     parser.add_argument("--rows", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--tasks", nargs="+", default=list(tasks(Path())))
@@ -357,7 +355,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="training rows of a task")
     parser.add_argument("--held-limit", type=int, help="validation and test rows of a task")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of tasks")
-    parser.add_argument("--markdown", action="store_true")
     return parser.parse_args()
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import statistics
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import made_on, resumed, spread, write
+from tables import add, flags, made_on, printed, resumed, spread
 
 from sentei import checkpoint
 from sentei.adapters import Unit
@@ -71,10 +70,9 @@ Made = tuple[Any, Bench, dict[str, Any]]
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if printed(args, markdown):
         return
+    out = Path(args.out)
     names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
     settings = {name: getattr(args, name) for name in names} | {"model": args.name or Path(args.model).name}
     table = resumed(out, {"settings": settings}, rows=[], lr={}) | made_on()
@@ -96,10 +94,7 @@ def main() -> None:
                 if key not in table["lr"]:
                     table["lr"][key] = choose_lr(configuration, base, model, tokenizer, rows, args)
                 row = run(configuration, replace(base, lr=table["lr"][key]), model, tokenizer, rows, "test", args)
-                table["rows"].append({"task": name, "configuration": configuration, "seed": seed} | row)
-                write(out, table)
-                shown = {"task": name, "configuration": configuration, "seed": seed} | row
-                print(json.dumps({key: shown[key] for key in shown if key != "living"}), flush=True)
+                add(out, table, {"task": name, "configuration": configuration, "seed": seed} | row, "living")
 
 
 def read(name: str, args: argparse.Namespace) -> examples.Examples:
@@ -332,11 +327,9 @@ def difference(value: dict[Any, float], one: str, other: str) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__, "results/prune-peft-minilm.json")
     parser.add_argument("--model", help="folder, .gguf file or hub id")
     parser.add_argument("--name", help="of the model, in the table")
-    parser.add_argument("--out", default="results/prune-peft-minilm.json")
-    parser.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(DEFAULT_TASKS))
     parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--seeds", type=int, default=5)

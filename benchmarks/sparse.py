@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import resumed, write
+from tables import flags, printed, resumed, write
 from torch import Tensor, nn
 
 from sentei import checkpoint, structure
@@ -38,10 +38,9 @@ OPTION = {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": 0.5}
 
 def main() -> None:
     args = arguments()
-    out = Path(args.out)
-    if args.markdown:
-        print(markdown(json.loads(out.read_text())))
+    if printed(args, markdown):
         return
+    out = Path(args.out)
     asked = {"rounds": args.rounds, "dense": str(args.dense), "sparse": str(args.sparse)}
     table = resumed(out, asked, models=[], layers=[]) | {
         "cpu": cpu(),
@@ -260,16 +259,14 @@ def wins(layers: list[dict[str, Any]]) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags(__doc__)
     parser.add_argument("--dense", help="folder of the dense task model")
     parser.add_argument("--sparse", help="folder that prune_once_quantise wrote")
-    parser.add_argument("--out", required=True)
     parser.add_argument("--lengths", nargs="+", type=int, default=[1, 32, 128, 384])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-layers", action="store_true", help="whole models only")
-    parser.add_argument("--markdown", action="store_true")
     return parser.parse_args()
 
 

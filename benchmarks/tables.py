@@ -1,19 +1,41 @@
-"""What the scripts here share: a table written whole after each row, mean and spread, and peak memory."""
+"""What the scripts here share: flags, a table written whole after each row, mean and spread, and peak memory."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
 import resource
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sentei.atomic import write_text
+
+
+def flags(doc: str | None, out: str | None = None) -> argparse.ArgumentParser:
+    """The flags of every table: where it is (required without a default), and printing the one that is there."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", default=out, required=out is None)
+    made.add_argument("--markdown", action="store_true", help="print the table of an existing file and stop")
+    return made
+
+
+def printed(args: argparse.Namespace, markdown: Callable[[dict[str, Any]], str]) -> bool:
+    """Whether only the table of an existing file was asked for; it is printed then."""
+    if args.markdown:
+        print(markdown(json.loads(Path(args.out).read_text())))
+    return args.markdown
+
+
+def name_of(model: str) -> str:
+    """A folder's or file's last part; a hub id whole."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def resumed(out: Path, asked: dict[str, Any], **empty: Any) -> dict[str, Any]:
@@ -47,6 +69,13 @@ def made_on() -> dict[str, Any]:
 def write(out: Path, table: dict[str, Any]) -> None:
     """Whole or not at all: a script that is stopped leaves the rows it has made."""
     write_text(out, json.dumps(table, indent=1) + "\n")
+
+
+def add(out: Path, table: dict[str, Any], row: dict[str, Any], *silent: str) -> None:
+    """Append a row, write the table, and print the row without its `silent` parts."""
+    table["rows"].append(row)
+    write(out, table)
+    print(json.dumps({key: row[key] for key in row if key not in silent}), flush=True)
 
 
 def spread(values: list[float], digits: int = 1, count: bool = True) -> str:

@@ -472,9 +472,11 @@ def refit(
                 dropped_K = _dropped_columns(layer, row, units, keep_U, number, kind)
                 if not len(dropped_K):
                     continue
-                seen = _Second(linear.in_features)
-                if streams:
-                    seen.error = lambda of, there=streams[kind], kind=kind: correction * (there[of] - now[kind])
+
+                def lack(of: slice, kind: str = kind, there: dict[str, Tensor] = streams) -> Tensor:
+                    return correction * (there[kind][of] - now[kind])
+
+                seen = _Second(linear.in_features, lack if streams else None)
                 replay.watch(number, {kind: seen}, now if streams else None)
                 kept_W = torch.ones(linear.in_features, dtype=torch.bool)
                 kept_W[dropped_K] = False

@@ -55,6 +55,9 @@ def test_what_is_offloaded_is_refused(words, tmp_path):
         checkpoint.load(source, device_map=places("cpu", "disk"))
     with pytest.raises(ValueError, match="device and device_map exclude each other"):
         checkpoint.load(source, device="cpu", device_map="auto")
+    (tmp_path / "sentei_adapter.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds adapters, which sentei loads on one device; leave device_map out"):
+        checkpoint.load(tmp_path, device_map="auto")
     model, _ = checkpoint.load(source, device_map="auto")
     assert {str(weight.device) for weight in model.parameters()} == {"cpu"}
 

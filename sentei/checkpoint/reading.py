@@ -137,12 +137,16 @@ def load(
     if task not in (None, *HEADS):
         raise ValueError(f"task is {task!r}; expected one of {', '.join(HEADS)}, or None")
     if task is None and (Path(path) / "sentei_adapter.json").is_file():
+        if device_map is not None:
+            raise ValueError(f"{path} holds adapters, which sentei loads on one device; leave device_map out")
         from sentei.checkpoint import adapters  # which loads its base model by this very function
 
         return adapters.load(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if bool(labels) != (task == "SequenceClassification"):
         raise ValueError("labels and task='SequenceClassification' go together: give both, or neither")
     source = inspect(path, trust_remote_code=trust_remote_code)
+    if device_map is not None and source.is_sparse:
+        raise ValueError(f"{path} is a sparse container, which sentei loads on one device; leave device_map out")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     remote.register()
     where, options = _where(source)
@@ -154,6 +158,8 @@ def load(
         if source.is_gguf
         else {"use_safetensors": True}
     )
+    if device_map is not None:
+        more["device_map"] = device_map
     try:
         tokenizer = _tokenizer(where, options)
         if source.is_gguf:
@@ -162,8 +168,6 @@ def load(
         with torch.random.fork_rng(enabled=task is not None):
             if task:
                 torch.manual_seed(0)
-            if device_map is not None:
-                options["device_map"] = device_map
             if source.is_sparse:
                 from sentei.checkpoint import zeros
 
