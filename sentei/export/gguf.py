@@ -32,7 +32,7 @@ from sentei.structure import LayerSize
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2")
 # By type, how far log-probabilities of likely tokens may be from those of the model: rounding, several times over.
-TYPES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 1.0, "q4_0": math.inf}
+TYPES = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5, "q4_0": math.inf}
 PROMPT = "The gardener cuts the branches that bear no fruit, and in 1998 the tree"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
