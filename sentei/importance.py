@@ -490,13 +490,18 @@ def refit(
     return bias
 
 
-def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
-    """Raises ValueError for fewer tokens than twice the widest reading linear: the refit would fit noise."""
+def refit_tokens(model: nn.Module, units: Units) -> int:
+    """Twice the width of the widest reading linear: with fewer tokens the refit would fit noise."""
     widths = [(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
-    widest = max(max(channels if "channels" in units.granularity else 0, heads) for channels, heads in widths)
-    if tokens < 2 * widest:
+    return 2 * max(max(channels if "channels" in units.granularity else 0, heads) for channels, heads in widths)
+
+
+def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
+    """Raises ValueError for fewer tokens than the refit needs."""
+    needed = refit_tokens(model, units)
+    if tokens < needed:
         raise ValueError(
-            f"least-squares needs at least {2 * widest:,} calibration tokens for linears of width {widest}; "
+            f"least-squares needs at least {needed:,} calibration tokens for linears of width {needed // 2}; "
             f"got {tokens:,}: raise calibration_samples, give more text or use compensate=mean"
         )
 

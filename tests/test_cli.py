@@ -390,6 +390,7 @@ def test_plan_says_what_will_happen_and_writes_nothing(parent, tmp_path, capsys)
     assert cli.main([*words, *TINY]) == 0
     shown = capsys.readouterr().out
     assert "12 heads, 160 channels" in shown and "heterogeneous, sentei_llama" in shown
+    assert "mean; least-squares from 96 calibration tokens on" in shown
     gone = float(shown.partition("parameters: ")[2].partition("%")[0])
     assert 25 <= gone <= 30  # one KV group of this model is a few per cent
     assert all(word in shown for word in ("time", "memory", "MB", "minutes"))

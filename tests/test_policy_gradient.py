@@ -35,6 +35,19 @@ LOSSES = double(2, 3)
 
 
 @pytest.mark.parametrize(
+    ("samples", "granularity", "expected"),
+    [(5, "heads+channels", "mean"), (6, "heads+channels", "least-squares"), (6, "layers", "none")],
+)
+def test_compensation_by_the_text_that_is_there(words, samples, granularity, expected):
+    """auto: a linear of width 48 is refitted from 96 tokens on."""
+    model = tiny_model("llama")
+    method = PolicyGradient(
+        **QUICK | {"calibration_samples": samples, "granularity": granularity, "steps": 1, "sparsity": 0.25}
+    )
+    assert method.compress(model, words, TEXT)["compensate"] == expected
+
+
+@pytest.mark.parametrize(
     ("name", "baseline", "expected"),
     [
         ("moving_average", 2.1, (-1.00, 0.65)),

@@ -140,8 +140,16 @@ class Structural:
         return not set(structure.parse_granularity(self.resolved_granularity)) & {"heads", "channels"}
 
     @property
-    def resolved_compensate(self) -> str:
-        return ("none" if self.whole else "mean") if self.compensate == "auto" else self.compensate
+    def compensates(self) -> bool:
+        """Whether something is left in the place of what goes: a mean at least."""
+        return self.compensate != "none" and not self.whole
+
+    def compensation(self, model: nn.Module, units: Units) -> str:
+        """What `compensate` comes to for this model: auto refits where the text is enough for its width."""
+        if self.compensate != "auto" or self.whole:
+            return self.compensate if self.compensates else "none"
+        enough = self.calibration_samples * self.calibration_seq_len >= importance.refit_tokens(model, units)
+        return "least-squares" if enough else "mean"
 
     def compress(
         self,
@@ -188,7 +196,7 @@ class Structural:
         model.eval()
         units = self.units_of(model)
         masks.removal_target(units, self.sparsity)
-        if self.resolved_compensate == "least-squares":  # the refit comes after the search: say it before
+        if self.compensate == "least-squares":  # the refit comes after the search: say it before
             importance.check_refit_tokens(model, units, self.calibration_samples * self.calibration_seq_len)
         return Run(model, tokenizer, units, text, self, workdir, report, time.monotonic())
 
@@ -201,12 +209,12 @@ class Structural:
         """Compensate, remove, and account for it."""
         units, model = run.units, run.model
         found = time.monotonic()
-        bias = None
+        compensation, bias = self.compensation(model, units), None
         if keep_U.all():
             pass
-        elif self.resolved_compensate == "mean":
+        elif compensation == "mean":
             bias = importance.mean_bias(model, units, keep_U, run.fill)
-        elif self.resolved_compensate == "least-squares":
+        elif compensation == "least-squares":
             bias = importance.refit(
                 model, units, keep_U, run.calibration, ridge=self.ridge, correction=self.correction, tick=run.tick
             )
@@ -218,7 +226,7 @@ class Structural:
         return {
             "kept": account,
             "asked_sparsity": self.sparsity,
-            "compensate": self.resolved_compensate,
+            "compensate": compensation,
             "removed_of_layers": 1 - after[0] / before[0],
             "removed_of_model": 1 - after[1] / before[1],
             "removed_parameters": before[1] - after[1],

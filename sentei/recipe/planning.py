@@ -71,6 +71,8 @@ def plan(
         lines["units"] = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
         lines["may go"] = f"{units.total:,} parameters ({units.total / layers:.1%} of the layers)"
         lines["will go"] = f"{total - left:,} parameters: {shares}"
+        if compensation := _compensation(job.method, loaded, units):
+            lines["compensation"] = compensation
         lines |= job.method.forecast(loaded)
         lines["saved as"] = f"{form.shape}, {form.model_type}, about {left * source.dtype.itemsize / 1e6:,.0f} MB"
     elif outline := getattr(job.method, "outline", None):  # methods that remove no unit, only weights
@@ -87,9 +89,9 @@ def plan(
     lines["time"] = f"{seconds:.2g} s for one forward of {batch} x {seq_len} tokens"
     if reward is not None:
         lines["time"] += f", {step:.2g} s for one reward"
-    lines["time"] += _estimate(job.method, seconds, step, block_NT.numel(), units)
+    lines["time"] += _estimate(job.method, loaded, units, seconds, step, block_NT.numel())
     lines["memory"] = f"{held / 1e6:,.0f} MB after one forward, {weights / 1e6:,.0f} MB of them the weights"
-    lines["memory"] += _more_memory(job.method, loaded, job.teacher is not None)
+    lines["memory"] += _more_memory(job.method, loaded, units, job.teacher is not None)
     if out is not None:
         lines["into"] = str(job.out)
     return lines
@@ -97,8 +99,20 @@ def plan(
 
 # Passes over the calibration text, in forwards; a backward counts as two.
 _PASSES = {"random": 0, "magnitude": 0, "wanda": 2, "flap": 1, "taylor": 3, "block_influence": 1}
-_COMPENSATION = {"none": 0, "mean": 1, "least-squares": 2}
+_COMPENSATION = {"none": 0, "mean": 1, "least-squares": 3}
 _TRAINING_STEP = 4  # forward, backward, and a forward of the parent
+
+
+def _compensation(method: Any, model: Any, units: Any) -> str:
+    """What stands in for what goes, and what a short calibration text makes of it."""
+    from sentei import importance
+
+    if not getattr(method, "compensates", False):
+        return ""
+    name = method.compensation(model, units)
+    if method.compensate == "auto" and name == "mean":
+        name += f"; least-squares from {importance.refit_tokens(model, units):,} calibration tokens on"
+    return name
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -116,7 +130,7 @@ def _blocks(method: Any, model: Any, tokenizer: Any, text: Any) -> Any:
     is_text = type(method).reads == "text"
     if is_text and method.structural:
         run = method.start(model, tokenizer, text)
-        if any(_passes(method, run.units).values()):
+        if any(_passes(method, model, run.units).values()):
             calibration_NT = run.calibration
             batch = batch if "batch_size" in values else min(batch, len(calibration_NT))
         if "eval_samples" in values and not values.get("reward_data"):
@@ -148,7 +162,7 @@ def _reward(method: Any, model: Any, tokenizer: Any, block_NT: Any) -> Callable[
     return lambda: function(model, reward.Batch(tokenizer, block_NT.device, examples=rows[: values["batch_size"]]))
 
 
-def _estimate(method: Any, forward: float, step: float, tokens: int, units: Any) -> str:
+def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, tokens: int) -> str:
     """How long all forwards will take.
 
     Args:
@@ -161,7 +175,7 @@ def _estimate(method: Any, forward: float, step: float, tokens: int, units: Any)
     forwards, searched = 0.0, 0.0
     if units is not None and "calibration_samples" in values:
         whole = values["calibration_samples"] * values["calibration_seq_len"] / tokens
-        forwards += whole * sum(_passes(method, units).values())
+        forwards += whole * sum(_passes(method, model, units).values())
     if units is not None and "coarse_steps" in values:
         steps = values["coarse_steps"] + values["steps"]
         searched += 2 * values["coarse_steps"] + values["samples"] * values["steps"]
@@ -176,10 +190,11 @@ def _estimate(method: Any, forward: float, step: float, tokens: int, units: Any)
     return f"; {forwards + searched:,.0f} of them: about {minutes:.1f} minutes"
 
 
-def _passes(method: Any, units: Any) -> dict[str, float]:
+def _passes(method: Any, model: Any, units: Any) -> dict[str, float]:
     """What a method reads its calibration text for -> passes over it."""
     values = dataclasses.asdict(method)
-    found: dict[str, float] = {method.resolved_compensate: _COMPENSATION[method.resolved_compensate]}
+    compensation = method.compensation(model, units)
+    found: dict[str, float] = {compensation: _COMPENSATION[compensation]}
     for score in values.get("score") or [values.get("criterion") or method.resolved_init]:
         if score == "gates":  # forward and backward, on text of its own
             found[score] = 3 * values["gate_steps"] * values["gate_batch"] / values["calibration_samples"]
@@ -193,7 +208,7 @@ def _passes(method: Any, units: Any) -> dict[str, float]:
     return found
 
 
-def _more_memory(method: Any, model: Any, teacher: bool) -> str:
+def _more_memory(method: Any, model: Any, units: Any, teacher: bool) -> str:
     """What comes on top of the weights and a forward."""
     from sentei import structure
 
@@ -201,7 +216,7 @@ def _more_memory(method: Any, model: Any, teacher: bool) -> str:
     if not method.structural or "calibration_samples" not in values:
         return f"; {'the parent and ' if teacher else ''}the training come{'' if teacher else 's'} on top"
     scores = {*(values.get("score") or [values.get("criterion") or method.resolved_init])}
-    refits = method.resolved_compensate == "least-squares"
+    refits = method.compensation(model, units) == "least-squares"
     more = 0
     if refits or "wanda" in scores:  # hidden states before and after a layer
         tokens = values["calibration_samples"] * values["calibration_seq_len"]

@@ -132,7 +132,7 @@ def _biases(method: Any, model: Any, units: Any, keep_U: Any) -> dict[tuple[int,
     """Zeros where the method's compensation will add a bias, (layer, kind) -> [H]: not every class has room for it."""
     import torch
 
-    if getattr(method, "resolved_compensate", "none") == "none" or method.whole:
+    if not getattr(method, "compensates", False):
         return {}
     pairs = [(layer, kind) for layer in range(units.num_layers) for kind in units.granularity]
     return {pair: torch.zeros(model.config.hidden_size) for pair in pairs if not keep_U[units.of(*pair)].all()}

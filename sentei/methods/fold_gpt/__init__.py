@@ -139,7 +139,7 @@ class FoldGPT(Structural):
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
         if not self.score or not set(self.score) <= set(SCORES) or len(set(self.score)) < len(self.score):
             raise ValueError(f"score is a list of {', '.join(SCORES)}; got {', '.join(self.score) or 'nothing'}")
-        if self.resolved_compensate != "none":
+        if self.compensate not in ("auto", "none"):
             raise ValueError(f"compensate={self.compensate} is for heads and channels; use none with whole blocks")
         positive = (
             "gate_steps", "gate_batch", "gate_lr", "gate_eps", "gate_eps_end", "fold_samples", "batch_size",

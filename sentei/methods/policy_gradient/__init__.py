@@ -81,7 +81,8 @@ class PolicyGradient(Structural):
     )
     compensate: str = option(
         "auto",
-        "none, mean or least-squares; auto: mean for heads and channels; unless none, the search fills in the means",
+        "none, mean or least-squares; auto: least-squares for heads and channels where the calibration text is enough "
+        "for their width, else mean; unless none, the search fills in the means",
     )
     init: str = option(
         "auto",
@@ -180,7 +181,7 @@ class PolicyGradient(Structural):
     def resolved_init(self) -> str:
         if self.init != "auto":
             return self.init
-        return "block_influence" if self.whole else "wanda" if self.resolved_compensate == "none" else "flap"
+        return "block_influence" if self.whole else "flap" if self.compensates else "wanda"
 
     @property
     def resolved_reward_scale(self) -> str:

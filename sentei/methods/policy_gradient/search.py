@@ -50,7 +50,7 @@ class Search:
         self._read_data()
         self.metric_U = self._shared(self._initial_metric())  # minutes of calibration: after what may be refused
         self.fill: masks.Fill | None = None
-        if method.resolved_compensate != "none":
+        if method.compensates:
             self.fill = {key: self._shared(fill_W) for key, fill_W in run.fill.items()}
         self.history: list[dict[str, Any]] = []
         self.log = StepLog(None if self.rank else method.log)
