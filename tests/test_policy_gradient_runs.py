@@ -470,23 +470,39 @@ def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, c
     """Every stage and its data are checked as `sentei run --dry-run` does it, on a toy in place of the real model."""
     from sentei.cli import main
 
+    root = Path(__file__).parents[1]
     tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "parent")
     word_tokenizer().save_pretrained(tmp_path / "parent")
-    rows = [
-        {"question": f"is {i} big", "choices": ["yes", "no"], "answer": i % 2, "text": f"{i} {WORDS}"}
-        for i in range(60)
-    ]
-    for part in ("train", "test"):
-        (tmp_path / f"pubmedqa-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    there = Path(__file__).parents[1] / "recipes" / "policy-gradient-task.yaml"
-    (tmp_path / "recipe.yaml").write_text(there.read_text().replace("model: smollm2", "model: parent"))
+    (tmp_path / "runs").mkdir()
+    rows = [{"good": f"{i} {WORDS}", "bad": f"{i} {WORDS[::-1]}", "text": f"{i} {WORDS}"} for i in range(400)]
+    (tmp_path / "runs" / "blimp-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = (root / "recipes" / "policy-gradient-task.yaml").read_text().replace("model: smollm2", "model: parent")
+    (tmp_path / "recipe.yaml").write_text(recipe.partition("evaluate:")[0])  # on data that may not be here
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(root)
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
-    assert "reward: choice_probability\n" in for_task and "reward: lm_loss\n" in for_loss
-    same = ("model: parent\n", "sparsity: 0.2\n", "coarse_steps: 100\n", "batch_size: 16\n", "granularity: channels\n")
+    assert "reward: recipes.minimal_pairs:preference\n" in for_task and "reward: lm_loss\n" in for_loss
+    same = ("model: parent\n", "sparsity: 0.3\n", "coarse_steps: 100\n", "granularity: channels\n")
     assert all(line in stage for line in same for stage in (for_task, for_loss))
-    assert len(reward.examples("pubmedqa-train.jsonl")[0]) >= 16
+
+
+def test_the_recipe_s_own_reward(monkeypatch):
+    """The chance of the right sentence, from the two whole sentences' probabilities, one by one and without padding."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    model, tokenizer = tiny_model("llama").eval(), word_tokenizer()
+    rows = [{"good": "a cat sits", "bad": "a cats sits here"}, {"good": "who", "bad": "whom is it"}]
+
+    def log_p(text):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        return -float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+
+    with torch.no_grad():
+        expected = sum(1 / (1 + math.exp(log_p(row["bad"]) - log_p(row["good"]))) for row in rows) / 2
+        found = -reward.Reward("recipes.minimal_pairs:preference")(
+            model, reward.Batch(tokenizer, torch.device("cpu"), examples=rows)
+        )
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 # --- what is seen ----------------------------------------------------------------------------------------------------
