@@ -25,8 +25,9 @@ def preference(model: Any, batch: Any) -> float:
     texts = [first + row[side] for side in ("good", "bad") for row in batch.examples]
     inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
     inputs = inputs.to(batch.device)
-    logits_BVT = model(**inputs).logits[:, :-1].float().transpose(1, 2)
-    loss_BT = functional.cross_entropy(logits_BVT, inputs.input_ids[:, 1:], reduction="none")
+    next_BT = inputs.input_ids[:, 1:]
+    logits_NV = model(**inputs).logits[:, :-1].float().flatten(0, 1)
+    loss_BT = functional.cross_entropy(logits_NV, next_BT.flatten(), reduction="none").view_as(next_BT)
     good_B, bad_B = (loss_BT * inputs.attention_mask[:, 1:]).sum(1).chunk(2)
     return float((bad_B - good_B).sigmoid().mean())
 

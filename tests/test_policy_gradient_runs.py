@@ -375,6 +375,10 @@ def test_reward_rows(tmp_path, monkeypatch):
     assert any("in 8 of 8 steps all masks had the same reward" in event["message"] for event in said)
     search_rows, held = reward.examples(str(file))
     assert len(search_rows) + len(held) == 40 and not {r["score"] for r in search_rows} & {r["score"] for r in held}
+    backwards = tmp_path / "backwards.jsonl"
+    backwards.write_text("".join(f"{line}\n" for line in reversed(file.read_text().splitlines())))
+    assert reward.examples(str(backwards)) == (search_rows, held)  # shuffled: a batch is not of one kind
+    assert search_rows != sorted(search_rows, key=lambda row: row["score"])
     with monkeypatch.context() as patched:
         few = both_ranks(patched, None, reward=f"{__name__}:rows_only", reward_data=str(file), eval_samples=1)
     assert "leaves 1 held-out rows to 2 processes" in str(few[0]) and isinstance(few[0], ValueError)
@@ -483,7 +487,7 @@ def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, c
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
     assert "reward: recipes.minimal_pairs:preference\n" in for_task and "reward: lm_loss\n" in for_loss
-    same = ("model: parent\n", "sparsity: 0.3\n", "coarse_steps: 100\n", "granularity: channels\n")
+    same = ("model: parent\n", "sparsity: 0.3\n", "coarse_steps: 50\n", "granularity: channels\n")
     assert all(line in stage for line in same for stage in (for_task, for_loss))
 
 

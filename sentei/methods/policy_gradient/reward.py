@@ -92,16 +92,16 @@ def _find(name: str) -> Callable[[nn.Module, Batch], Any]:
 
 
 def examples(file: str, held: float = 0.2, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of a file, dealt to search and held-out part by a hash of the row: equal rows land on one side.
+    """Rows of a file, shuffled and dealt to search and held-out part by a hash of the row: equal rows land on one side.
 
     Raises:
         ValueError: no such file, a row that cannot be read, or too few.
     """
     rows = [row for row, _ in read_rows(file)]
     part: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for row in rows:
-        dealt = mix(seed, json.dumps(row, sort_keys=True)) % 1000
-        part[dealt < 1000 * held].append(row)
+    hashed = ((mix(seed, json.dumps(row, sort_keys=True)), row) for row in rows)
+    for number, row in sorted(hashed, key=lambda pair: pair[0]):  # files are sorted by task or by answer
+        part[number % 1000 < 1000 * held].append(row)
     if min(map(len, part)) < 2:
         raise ValueError(f"reward_data {file} holds {len(rows)} rows; a search needs ten at least, better hundreds")
     return part
