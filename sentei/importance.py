@@ -493,7 +493,8 @@ def refit(
 def refit_tokens(model: nn.Module, units: Units) -> int:
     """Twice the width of the widest reading linear: with fewer tokens the refit would fit noise."""
     widths = [(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
-    return 2 * max(max(channels if "channels" in units.granularity else 0, heads) for channels, heads in widths)
+    cut = [kind in units.granularity for kind in ("channels", "heads")]
+    return 2 * max((width for each in widths for width, is_cut in zip(each, cut, strict=True) if is_cut), default=0)
 
 
 def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
@@ -519,7 +520,7 @@ def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_
     inside = covariance[kept_W][:, kept_W]
     new_HW = torch.zeros_like(old_HW)
     if kept_W.any():
-        damping = ridge * inside.diagonal().mean().clamp_min(1e-12)
+        damping = max(ridge, 1e-9) * inside.diagonal().mean().clamp_min(1e-12)
         left = inside + damping * torch.eye(len(inside), dtype=torch.double)
         right = wanted_HW[:, kept_W] + damping * old_HW[:, kept_W]
         new_HW[:, kept_W] = torch.linalg.solve(left, right.T).T

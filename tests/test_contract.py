@@ -164,6 +164,7 @@ def test_refusals(name, words, text):
         ({"compensate": "some"}, "compensate is one of"),
         ({"granularity": "neurons"}, "granularity is one of"),
         ({"shape": "round"}, "shape is one of"),
+        ({"ridge": math.nan}, "ridge is a finite number"),
     ):
         model = tiny_model("llama")
         with pytest.raises(ValueError, match=message):

@@ -61,6 +61,18 @@ def test_one_step_on_hand_numbers(name, baseline, expected):
     torch.testing.assert_close(found, double(*expected), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("baseline_window", 0), ("steps", -5), ("coarse_steps", -3), ("slope_sweeps", -1), ("seq_len", 1),
+        ("lr", math.nan), ("coarse_lr", math.inf), ("coarse_sigma", -1.0), ("slope_rate", 0.0), ("phi_eps", -1.0),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_meant(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be "):
+        PolicyGradient(**{field: value}).check()
+
+
 def loss_of(m):
     return 1 + 0.5 * m[0] - 0.8 * m[1] + 0.3 * m[2] + 0.4 * m[0] * m[2]
 

@@ -61,6 +61,12 @@ def content(parent: Path, **changes) -> dict:
         ({"stages": [{"method": "one_shot", "sparsty": 0.1}]}, "no field 'sparsty'; did you mean 'sparsity'?"),
         ({"stages": [{"method": "one_shot", "sparsity": 1.5}]}, "between 0 and 1; got 1.5"),
         ({"stages": []}, "needs stages"),
+        ({"stages": [{"method": 5}]}, "no method '5'"),
+        ({"stages": [{"method": None}]}, "no method 'None'"),
+        ({"stages": [{"method": ["one_shot"]}]}, "no method"),
+        ({"stages": [{"method": "one_shot", 5: 1}]}, "a stage's keys are names; got 5"),
+        ({"data": 5}, "data is 5; expected text"),
+        ({"data": {"python-docs": "much"}}, "must be numbers above 0"),
         ({"stages": ["heal"]}, "a stage is a method and its fields"),
         ({"gates": ["perplexity_ration <= 2"]}, "did you mean 'perplexity_ratio'?"),
         ({"gates": ["perplexity_ratio is 2"]}, "write it as: perplexity_ratio <= 2"),
@@ -354,7 +360,10 @@ def test_plan_counts_the_forwards(parent):
     assert "the method needs none" in recipe.plan(parent, criterion="magnitude", **fields)["time"]
     assert "; 3 of them: about" in recipe.plan(parent, criterion="wanda", compensate="mean", **fields)["time"]
     refit = recipe.plan(parent, criterion="taylor", compensate="least-squares", **fields)
-    assert "; 5 of them: about" in refit["time"]
+    assert "; 8 of them: about" in refit["time"]  # three, the refit's three, one and a half to correct it
+    widths = {"method": "policy_gradient", **TINY, "seq_len": 16, "batch_size": 4, "compensate": "none", "steps": 4}
+    widths |= {"eval_samples": 4, "coarse_steps": 50, "slope_sweeps": 3, "shape": "uniform"}
+    assert "; 11 of them: about" in recipe.plan(parent, **widths)["time"]  # 2 of Wanda, 2 x 4, 1.4 evaluations
     assert "calibration needs about 1 MB more; a backward pass comes on top" in refit["memory"]
 
 
@@ -363,6 +372,13 @@ def test_the_recipe_in_a_checkpoint_makes_it_again(parent):
 
     out = recipe.compress(parent, method="one_shot", criterion="random", out=parent.parent / "a", **TINY)
     again = recipe.load(out / "recipe.yaml")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(FileExistsError, match="is a checkpoint; a recipe's out is a folder for all it makes"):
+        recipe.run(again)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(FileExistsError, match="was made from other settings"):
+        made_anew = recipe.run(dataclasses.replace(again, out=str(parent.parent / "c"), report=None))
+        recipe.run(dataclasses.replace(again, out=made_anew["recipe"]["out"], dtype="float32"))
     again = dataclasses.replace(again, out=str(parent.parent / "b"), report=None)
     made = Path(recipe.run(again)["checkpoint"])
     first, second = (load_file(folder / "model.safetensors") for folder in (out, made))
@@ -380,9 +396,17 @@ def test_stopped_work_is_kept_and_foreign_state_is_not(parent, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(OneShot, "compress", stopped)
-    for sparsity in (0.3, 0.3, 0.4):
+    arguments = {"method": "one_shot", "out": parent.parent / "small", **TINY}
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            recipe.compress(parent, method="one_shot", sparsity=sparsity, out=parent.parent / "small", **TINY)
+            recipe.compress(parent, sparsity=0.3, **arguments)
+    with pytest.raises(FileExistsError, match=r"other settings \(sparsity 0.3 there, 0.4 here\)"):
+        recipe.compress(parent, sparsity=0.4, **arguments)
+    with pytest.raises(FileExistsError, match=r"other settings \(dtype 'auto' there, 'float32' here\)"):
+        recipe.compress(parent, sparsity=0.3, dtype="float32", **arguments)
+    assert seen == [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        recipe.compress(parent, sparsity=0.4, force=True, **arguments)
     assert seen == [False, True, False]
     assert not (parent.parent / "small").exists()
 

@@ -180,8 +180,8 @@ def plain_config(model: Any, size: LayerSize, attention_bias: bool, mlp_bias: bo
     if name in ("gemma2", "gemma3_text", "qwen3", "phi3"):
         if mlp_bias or (attention_bias and name == "phi3"):
             raise ValueError(
-                f"{name} has no place for the biases that compensation (mean, least-squares) adds; use --compensate "
-                "none, or --shape heterogeneous"
+                f"{name} has no place for the biases that compensation (auto, mean, least-squares) adds; use "
+                "--compensate none, or --shape heterogeneous"
             )
         if name.startswith("gemma"):
             _check_divides(hidden, size, name)
@@ -199,8 +199,8 @@ def plain_config(model: Any, size: LayerSize, attention_bias: bool, mlp_bias: bo
     if slides:
         if attention_bias or mlp_bias:
             raise ValueError(
-                f"{name} with a sliding window has no place for the biases that compensation (mean, least-squares) "
-                "adds; use --compensate none, or --shape heterogeneous"
+                f"{name} with a sliding window has no place for the biases that compensation (auto, mean, "
+                "least-squares) adds; use --compensate none, or --shape heterogeneous"
             )
         raise ValueError(
             f"{name} with a sliding window has no stock class with {heads} heads; use --shape heterogeneous or padded"

@@ -119,7 +119,8 @@ def _compress(options: argparse.Namespace, method: str | None = None) -> int:
         return _adapter(out)
     record = json.loads((out / "compression.json").read_text(encoding="utf-8"))
     print(sizes(record["parent"], record["result"]))
-    print(f"saved {out}  (recipe.yaml makes it again; next: sentei eval {out} --data TEXT; sentei bench {out})")
+    print(f"saved {out}  (its recipe.yaml makes it again, in another --out)")
+    print(f"next: sentei eval {out} --data TEXT; sentei bench {out}")
     return 0
 
 
@@ -127,7 +128,7 @@ def _adapter(out: Path) -> int:
     """What a search found; 3 if its result was rejected, 4 if it stopped before its budget and that is an error."""
     stored = json.loads((out / "prunepeft.json").read_text(encoding="utf-8"))
     print(adapter_sizes(stored["record"]))
-    print(f"saved {out}  (report.md says why each unit stayed; recipe.yaml makes it again)")
+    print(f"saved {out}  (report.md says why each unit stayed; its recipe.yaml makes it again, in another --out)")
     status = stored["record"]["status"]
     if status == "rejected":
         return 3

@@ -212,7 +212,7 @@ def sources(spec: str | Path | list[str] | dict[str, float] | None) -> dict[str,
     given = [weight for weight in weights.values() if weight is not None]
     if given and len(given) < len(weights):
         raise ValueError(f"some sources of {spec!r} have a weight and some have none; give each one a weight, or none")
-    if not all(0 < weight < float("inf") for weight in given):
+    if not all(isinstance(weight, int | float) and 0 < weight < float("inf") for weight in given):
         raise ValueError(f"the weights of {spec!r} must be numbers above 0")
     return weights
 

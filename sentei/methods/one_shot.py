@@ -62,6 +62,10 @@ class OneShot(Structural):
             raise ValueError(f"criterion {self.criterion} scores {fits}; got granularity {self.resolved_granularity!r}")
 
     @property
+    def reads_loss(self) -> bool:
+        return self.criterion in ("taylor", "greedy")
+
+    @property
     def resolved_granularity(self) -> str:
         if self.granularity != "auto":
             return self.granularity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import data, importance, masks, structure
-from sentei.distill import Distillation
+from sentei.distill import Distillation, head
 from sentei.methods import Progress, option
 from sentei.structure import Units
 from sentei.train import causal_batch, masked_batch, mix
@@ -110,6 +111,8 @@ class Structural:
             )
         if self.compensate not in COMPENSATIONS:
             raise ValueError(f"compensate is one of {', '.join(COMPENSATIONS)}; got {self.compensate!r}")
+        if not 0 <= self.ridge < math.inf:
+            raise ValueError(f"ridge is a finite number from 0 on; got {self.ridge}")
         if not 0 <= self.correction <= 1:
             raise ValueError(f"correction is a share from 0 to 1; got {self.correction}")
         if self.shape not in SHAPES:
@@ -125,6 +128,11 @@ class Structural:
     @property
     def resolved_granularity(self) -> str:
         return self.granularity
+
+    @property
+    def reads_loss(self) -> bool:
+        """Does the method compute the language-model loss?"""
+        return False
 
     def units_of(self, model: nn.Module) -> Units:
         """What may go of this model."""
@@ -196,6 +204,10 @@ class Structural:
         model.eval()
         units = self.units_of(model)
         masks.removal_target(units, self.sparsity)
+        if self.reads_loss and head(model) is None:
+            raise ValueError(f"{type(model).__name__} has no language-model head: no tokens to predict")
+        if self.reads_loss and not structure.is_causal(model) and tokenizer.mask_token_id is None:
+            raise ValueError("this encoder's tokenizer has no mask token, so there is no loss to compute on plain text")
         if self.compensate == "least-squares":  # the refit comes after the search: say it before
             importance.check_refit_tokens(model, units, self.calibration_samples * self.calibration_seq_len)
         return Run(model, tokenizer, units, text, self, workdir, report, time.monotonic())

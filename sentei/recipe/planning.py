@@ -177,9 +177,10 @@ def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, 
         whole = values["calibration_samples"] * values["calibration_seq_len"] / tokens
         forwards += whole * sum(_passes(method, model, units).values())
     if units is not None and "coarse_steps" in values:
-        steps = values["coarse_steps"] + values["steps"]
-        searched += 2 * values["coarse_steps"] + values["samples"] * values["steps"]
-        searched += values["slope_sweeps"] * (2 + units.num_layers * len(units.granularity) / 2)
+        widths = not method.whole and method.shape != "uniform"  # which those levels search over
+        steps = values["coarse_steps"] * widths + values["steps"]
+        searched += 2 * values["coarse_steps"] * widths + values["samples"] * values["steps"]
+        searched += values["slope_sweeps"] * widths * (2 + units.num_layers * len(units.granularity) / 2)
         searched += (1 + steps / values["eval_every"]) * values["eval_samples"] / values["batch_size"]
     elif values.get("steps"):
         forwards += _TRAINING_STEP * values["steps"] * values.get("accumulate", 1)
@@ -195,6 +196,10 @@ def _passes(method: Any, model: Any, units: Any) -> dict[str, float]:
     values = dataclasses.asdict(method)
     compensation = method.compensation(model, units)
     found: dict[str, float] = {compensation: _COMPENSATION[compensation]}
+    if compensation == "least-squares" and method.correction:
+        found["correction"] = 1.5  # the dense layers once, the cut ones half as often again
+    if "coarse_steps" in values and method.compensates:
+        found["mean"] = 1  # for the search
     for score in values.get("score") or [values.get("criterion") or method.resolved_init]:
         if score == "gates":  # forward and backward, on text of its own
             found[score] = 3 * values["gate_steps"] * values["gate_batch"] / values["calibration_samples"]
@@ -218,9 +223,9 @@ def _more_memory(method: Any, model: Any, units: Any, teacher: bool) -> str:
     scores = {*(values.get("score") or [values.get("criterion") or method.resolved_init])}
     refits = method.compensation(model, units) == "least-squares"
     more = 0
-    if refits or "wanda" in scores:  # hidden states before and after a layer
+    if refits or "wanda" in scores:  # hidden states before and after a layer; to correct it, the dense ones too
         tokens = values["calibration_samples"] * values["calibration_seq_len"]
-        more += 2 * tokens * model.config.hidden_size * model.dtype.itemsize
+        more += (6 if refits and method.correction else 2) * tokens * model.config.hidden_size * model.dtype.itemsize
     if refits:  # products of inputs in float64: as gathered, as solved, and a copy
         widths = [max(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
         more += 3 * 8 * max(widths) ** 2

@@ -42,7 +42,7 @@ class Recipe:
     model: str
     out: str
     stages: list[dict[str, Any]]
-    data: Any = None
+    data: str | list[str] | dict[str, Any] | None = None
     text_field: str = "text"
     seed: int | None = None
     dtype: str = "auto"
@@ -64,8 +64,10 @@ class Recipe:
                 raise ValueError(
                     f"a stage is a method and its fields, such as {{method: heal, minutes: 2}}; got {stage!r}"
                 )
-            if stage["method"] not in methods.METHODS:
-                methods.load(stage["method"])  # says which there are
+            if not isinstance(stage["method"], str) or stage["method"] not in methods.METHODS:
+                methods.load(str(stage["method"]))  # says which there are
+            if odd := [key for key in stage if not isinstance(key, str)]:
+                raise ValueError(f"a stage's keys are names; got {odd[0]!r}")
         names = self.names()
         if len({*names, "parent"}) <= len(names):
             raise ValueError(f"stages need names of their own, and not parent; got {', '.join(names)}")
@@ -185,10 +187,13 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
     if recipe.evaluate:
         places = {"parent": model, **{name: str(job["out"]) for name, job in jobs}}
         stages = [str(job["out"]) for _, job in jobs]
+        loaded = {"dtype": recipe.dtype, "text_field": recipe.text_field}
         result["measurements"] = measured = {}
         for name, place in places.items():
             measured[name] = done.once(
-                f"evaluate {name}", recipe.evaluate, partial(evaluate_stage, recipe, place, out / name, say, stages)
+                f"evaluate {name}",
+                recipe.evaluate | loaded,
+                partial(evaluate_stage, recipe, place, out / name, say, stages),
             )
     if recipe.benchmark is not None:
         result["benchmark"] = done.once(
@@ -197,7 +202,7 @@ def run(recipe: Recipe, *, force: bool = False, report: Progress | None = None) 
             lambda: benchmark_stage(recipe.benchmark or {}, last, model, say),
         )
     if recipe.prompts:
-        asked = {"prompts": recipe.prompts, "new_tokens": recipe.new_tokens}
+        asked = {"prompts": recipe.prompts, "new_tokens": recipe.new_tokens, "dtype": recipe.dtype}
         result["generations"] = done.once(f"generate {jobs[-1][0]}", asked, lambda: generate(recipe, model, last, say))
     if recipe.report:
         from sentei import report as pages
@@ -246,6 +251,8 @@ def _check_stages(
     Args:
         stale: stages that will be made again, whatever their settings were.
     """
+    if (Path(recipe.out) / "compression.json").exists():
+        raise FileExistsError(f"{recipe.out} is a checkpoint; a recipe's out is a folder for all it makes: give --out")
     jobs: list[tuple[str, dict[str, Any]]] = []
     dense = parent_of(model) if (Path(model) / "compression.json").exists() else start
     previous = start
@@ -287,7 +294,9 @@ def _check_stages(
         unpacked = start if teacher == start != recipe.model else job.teacher
         if teacher in places.values():
             unpacked = str(teacher)
-        resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(arguments["data"], text_field)
+        resolved = dataclasses.replace(job, given=previous, teacher=unpacked).resolved(
+            arguments["data"], text_field, recipe.dtype
+        )
         stamp = out / STAMP
         same = stamp.exists() and yaml.safe_load(stamp.read_text(encoding="utf-8")) == resolved
         if out.exists() and not same and not force and name not in stale:

@@ -52,7 +52,7 @@ def compress(
         dtype: computation, "auto" or a name such as "float32"; the saved dtype is the parent's.
         device_map: for a model larger than one device, "auto" or as in transformers; for one_shot and policy_gradient.
         teacher: for methods that learn from the dense parent: None is the parent that the checkpoint itself records.
-        force: replace `out`.
+        force: replace `out`, and throw away the state of unfinished work with other settings.
         report: called with {"step", "of", "message"} while work goes on.
         fields: of the method. `shape="padded"` saves a heterogeneous result in a stock class, padded with zeros.
     Returns:
@@ -77,8 +77,8 @@ def compress(
     if job.teacher is not None:
         say({"message": f"loading the parent {job.teacher}"})
         arguments["teacher"], _ = checkpoint.load(job.teacher, dtype=dtype, trust_remote_code=trust_remote_code)
-    resolved = job.resolved(data, text_field)
-    with work_folder(job.out, resolved) as workdir:
+    resolved = job.resolved(data, text_field, dtype)
+    with work_folder(job.out, resolved, force=force) as workdir:
         record = job.method.compress(loaded, tokenizer, text, workdir=workdir, report=report, **arguments)
         if not first_process():
             return job.out  # the first one has the same model, and writes it
@@ -210,12 +210,13 @@ class Job:
         shape = method.shape if "shape" in dataclasses.asdict(method) else _saved_shape(path)
         return Job(str(model), path, name, method, Path(out or ""), shape, found)
 
-    def resolved(self, data: Any, text_field: str) -> dict[str, Any]:
+    def resolved(self, data: Any, text_field: str, dtype: str) -> dict[str, Any]:
         """The recipe of this stage alone, every field written out."""
         stage = {"method": self.name, **methods.settings(self.method)}
         if self.teacher is not None:
             stage["teacher"] = self.teacher
-        recipe = {"model": self.given, "data": data, "text_field": text_field, "out": str(self.out), "stages": [stage]}
+        recipe = {"model": self.given, "data": data, "text_field": text_field, "dtype": dtype, "out": str(self.out)}
+        recipe["stages"] = [stage]
         return json.loads(json.dumps(recipe, default=str))  # as it will be read back: tuples become lists
 
 
@@ -291,10 +292,15 @@ def load_text(spec: Any, text_field: str) -> Any:
 
 
 @contextmanager
-def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
+def work_folder(out: Path, resolved: dict[str, Any], *, force: bool = False) -> Iterator[Path]:
     """A hidden folder beside `out` for a method's state; kept when the work is cut short, so that it can go on.
 
-    The state of another recipe is thrown away: it could only be refused. Of several processes the first one writes.
+    Of several processes the first one writes.
+
+    Args:
+        force: throw the state of other settings away.
+    Raises:
+        FileExistsError: there is such a state, without `force`.
     """
     folder = state_of(out)
     if not first_process():
@@ -303,7 +309,13 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
         meet()  # nobody goes on to a checkpoint that is not there yet
         return
     stamp = folder / STAMP
-    if folder.exists() and (not stamp.exists() or yaml.safe_load(stamp.read_text(encoding="utf-8")) != resolved):
+    old = yaml.safe_load(stamp.read_text(encoding="utf-8")) if stamp.exists() else None
+    if folder.exists() and old != resolved:
+        if old is not None and not force:
+            raise FileExistsError(
+                f"{folder} holds unfinished work with other settings ({_differing(old, resolved)}); "
+                "repeat them to go on, or throw it away with --force"
+            )
         shutil.rmtree(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -320,6 +332,13 @@ def work_folder(out: Path, resolved: dict[str, Any]) -> Iterator[Path]:
         raise
     shutil.rmtree(folder)
     meet()
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Names and both values of the settings that two resolved recipes of a stage differ in."""
+    flat = [{key: made[key] for key in made if key != "stages"} | made["stages"][0] for made in (old, new)]
+    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    return ", ".join(f"{name} {flat[0].get(name)!r} there, {flat[1].get(name)!r} here" for name in names)
 
 
 def state_of(out: Path) -> Path:

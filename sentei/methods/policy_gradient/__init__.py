@@ -27,6 +27,7 @@ Shape legend: U units, K samples, P pairs of (layer, kind).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -147,9 +148,16 @@ class PolicyGradient(Structural):
             raise ValueError(f"reward_scale is auto, none or std; got {self.reward_scale!r}")
         if self.reward_data is not None and self.reward == "lm_loss":
             raise ValueError("reward_data is for a reward function; give reward too, or the text by data")
-        for name in ("batch_size", "seq_len", "channel_group", "eval_every", "eval_samples", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        whole_numbers = {
+            "slope_sweeps": 0, "coarse_steps": 0, "steps": 0, "seq_len": 2, "batch_size": 1, "channel_group": 1,
+            "baseline_window": 1, "eval_every": 1, "eval_samples": 1, "save_every": 1,
+        }  # fmt: skip
+        for name, least in whole_numbers.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("slope_delta", "slope_rate", "coarse_sigma", "coarse_lr", "lr", "phi_eps"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0; got {value}")
         if self.whole != (self.resolved_init == "block_influence") and self.init != "random":
             raise ValueError(f"init={self.init} does not score {self.granularity}; block_influence scores whole blocks")
         if self.whole_units is not None and (self.whole or self.shape == "uniform"):
@@ -176,6 +184,10 @@ class PolicyGradient(Structural):
     @property
     def resolved_granularity(self) -> str:
         return self.granularity.removeprefix(f"{self.whole_units}+")
+
+    @property
+    def reads_loss(self) -> bool:
+        return self.reward == "lm_loss" or self.resolved_init == "taylor"
 
     @property
     def resolved_init(self) -> str:
