@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from gguf import GGUFReader, GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from sentei import checkpoint, folding, structure
 from sentei.checkpoint import splitting
@@ -244,7 +245,15 @@ def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):
     bytes_.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     refused(toy("llama", rope_parameters=yarn), "rotary scaling 'yarn' is not written as GGUF")
-    refused(toy("llama", vocab_size=250), "the tokenizer has 262 tokens, the model 250")
+    refused(toy("llama", vocab_size=250), "the tokenizer has tokens up to 261, the model 250 of them")
+    refused(toy("llama", hidden_act="gelu"), "llama.cpp computes silu in these layers, the model gelu")
+    classifier = AutoModelForSequenceClassification.from_config(toy("qwen2", tie_word_embeddings=True).config)
+    refused(classifier, "Qwen2ForSequenceClassification is no causal language model")
+    with pytest.raises(ValueError, match="a model without any attention has no place"):
+        gguf.architecture_of(cut(toy("llama"), lambda layer, kind, index: kind != "heads"))
+    (tmp_path / "model" / "sentei_adapter.json").write_text("{}")
+    refused(None, "holds adapters, which a .gguf file of the model would leave out")
+    (tmp_path / "model" / "sentei_adapter.json").unlink()
     refused(None, "give one that ends in .gguf", out="model")
     refused(None, "outtype 'q5' is not known; use f32, f16", outtype="q5")
     (tmp_path / "there.gguf").write_text("mine")
@@ -255,6 +264,33 @@ def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):
         gguf.architecture_of(model)
     assert main(["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(tmp_path / "x")]) == 2
     assert "ends in .gguf" in capsys.readouterr().err
+    for more in (["--outtype", "q8_0", "--out", str(tmp_path / "x")], ["--out", str(tmp_path / "x.gguf")]):
+        assert main(["export", str(tmp_path / "model"), *more]) == 2
+        assert "go with --to gguf" in capsys.readouterr().err
+
+
+def test_scaling_in_a_file_is_refused(tmp_path):
+    """transformers reads it for no architecture: the model would see other positions."""
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_string("llama.rope.scaling.type", "linear")
+    writer.add_float32("llama.rope.scaling.factor", 4.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"asks for rotary scaling \(linear\), which transformers does not read"):
+        checkpoint.load(tmp_path / "model.gguf")
+
+
+def test_the_end_of_a_text_that_only_the_model_names(bytes_, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "_check_run", lambda *arguments: None)
+    bytes_.eos_token = None
+    model = toy("llama", attention_bias=False, mlp_bias=False)
+    model.generation_config.eos_token_id = [2, 1]
+    model.save_pretrained(tmp_path / "model")
+    bytes_.save_pretrained(tmp_path / "model")
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf")
+    assert GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.eos_token_id"].contents() == 2
 
 
 @needs_llama_cpp

@@ -176,7 +176,10 @@ def load(
                 model, report = auto_class.from_pretrained(
                     where, dtype=_dtype(dtype, source, device), output_loading_info=True, **more, **head, **options
                 )
-    except (OSError, KeyError, AttributeError, TypeError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (
+        OSError, LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError, SafetensorError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
         raise ValueError(f"transformers could not load {path}: {_first_line(error)}") from error
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if task:  # a head of another task, or of another number of labels, gives way to a new one
@@ -206,7 +209,10 @@ def _refuse_unread(source: Source, model: Any) -> None:
     """transformers leaves out, without a word, tensors of a .gguf file that its model has no place for."""
     biases = [name for name in source.tensors if name.endswith(".bias")]
     unread = biases if len(biases) > sum(name.endswith(".bias") for name, _ in model.named_parameters()) else []
-    unread += [name for name in source.tensors if name == "rope_freqs.weight"]
+    unread += [name for name in source.tensors if name.startswith("rope_f")]
+    extra = [name for name in source.tensors if ".attn_q_norm" in name or ".attn_k_norm" in name]
+    if len(extra) > sum("q_norm" in name or "k_norm" in name for name, _ in model.named_parameters()):
+        unread += extra
     if unread:
         raise ValueError(
             f"{source.path} holds {unread[0]}, which transformers does not read from .gguf files: the model would "
@@ -450,7 +456,7 @@ def _read_safetensors(file: Path) -> dict[str, tuple[torch.dtype | None, tuple[i
                 name, dtype = error.args
                 raise ValueError(f"{file}: weight {name} is {dtype}: quantised weights cannot be pruned") from error
             raise ValueError(f"{file} has a damaged header; get it again") from error
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{file} has a damaged header ({_first_line(error)}); get it again") from error
     if 8 + length + end != size:
         raise ValueError(
@@ -484,11 +490,17 @@ def _inspect_gguf(file: Path) -> Source:
                 tensors[name] = (_GGUF_DTYPES.get(kind, torch.bfloat16), shape)
             align = int(fields.get("general.alignment") or 32)
             start = -(-stream.tell() // align) * align
-    except (ValueError, KeyError, struct.error, OverflowError, MemoryError) as error:
+    except (ValueError, KeyError, struct.error, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{file} is not a GGUF file, or is damaged: {_first_line(error)}") from error
     if start + end > size:
         raise ValueError(f"{file} is truncated: {size} bytes, its header describes {start + end}; get it again")
     architecture = str(fields.get("general.architecture"))
+    scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none" and fields.get(f"{architecture}.rope.scaling.factor", 1.0) != 1.0:
+        raise ValueError(
+            f"{file} asks for rotary scaling ({scaling}), which transformers does not read from .gguf files: the model "
+            "would compute something else. Give the folder that the file was made from"
+        )
     model_type = {"gemma3": "gemma3_text"}.get(architecture, architecture)
     structure.family(model_type)
     split = fields.get("tokenizer.ggml.pre")

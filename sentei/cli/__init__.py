@@ -287,6 +287,8 @@ def _export(options: argparse.Namespace) -> int:
 
     if options.to == "gguf":
         return _gguf(options)
+    if options.outtype or options.out.endswith(".gguf"):
+        raise ValueError("--outtype and a .gguf file go with --to gguf")
     if checkpoint.inspect(options.model, trust_remote_code=True).config.get("fold"):  # nothing of it is run
         return _unfold(options)
     print(f"written {checkpoint.export_dense(options.model, options.out, force=options.force)}")
@@ -296,7 +298,7 @@ def _export(options: argparse.Namespace) -> int:
 def _gguf(options: argparse.Namespace) -> int:
     from sentei.export import gguf
 
-    found = gguf.write(options.model, options.out, outtype=options.outtype, force=options.force)
+    found = gguf.write(options.model, options.out, outtype=options.outtype or "f16", force=options.force)
     for note in found["notes"]:
         print(note)
     checked = "not run: pip install 'sentei[gguf]' to have it checked in llama.cpp"

@@ -156,9 +156,7 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
         "--to", choices=["dense", "gguf"], default="dense",
         help="gguf: a file for llama.cpp; dense: sparse containers with all zeros, shared blocks each (dense)",
     )  # fmt: skip
-    command.add_argument(
-        "--outtype", choices=["f32", "f16", "bf16", "q8_0", "q4_0"], default="f16", help="gguf: of matrices (f16)"
-    )
+    command.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "q4_0"], help="gguf: of matrices (f16)")
     command.add_argument("--out", required=True, metavar="PATH", help="the new folder, or .gguf file")
     command.add_argument("--force", action="store_true", help="replace it")
 

@@ -61,7 +61,9 @@ def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: b
         raise ValueError(f"{out} exists; choose another file, or pass --force (force=True) to replace it")
     if not can_write(out):
         raise ValueError(f"{out} cannot be written: no right to write there")
-    model, tokenizer = checkpoint.load(folder, device="cpu")
+    if (Path(folder) / "sentei_adapter.json").is_file():
+        raise ValueError(f"{folder} holds adapters, which a .gguf file of the model would leave out; export their base")
+    model, tokenizer = checkpoint.load(folder, device="cpu", dtype="float32")  # what the check compares with
     notes = []
     if folding.is_folded(model):
         shared = structure.total_parameters(model)
@@ -72,6 +74,11 @@ def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: b
         )
     architecture = architecture_of(model)
     words = vocabulary(tokenizer, model.config.vocab_size)
+    if words["special"]["eos"] is None:  # llama.cpp would stop at a token of its own choice
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        words["special"]["eos"] = ends[0] if isinstance(ends, list) else ends
+    if isinstance(tokenizer.chat_template, dict):
+        notes.append("of several chat templates a .gguf file holds one: the default, if there is one")
     if getattr(model.config, "sliding_window", None):
         notes.append(f"llama.cpp attends to all tokens, the model to the last {model.config.sliding_window:,}")
     with replacing(out) as part:
@@ -100,6 +107,12 @@ def architecture_of(model: nn.Module) -> str:
             f"{family} is not written as GGUF here (known: {', '.join(LLAMA_LIKE)}, qwen3); a folder in a plain form "
             "(--shape uniform or padded) can be converted by llama.cpp's own script"
         )
+    if not type(model).__name__.endswith("ForCausalLM"):
+        raise ValueError(f"{type(model).__name__} is no causal language model; a .gguf file here holds no other head")
+    if model.config.hidden_act != "silu":
+        raise ValueError(f"llama.cpp computes silu in these layers, the model {model.config.hidden_act}")
+    if not any(size.num_heads for size in sizes):
+        raise ValueError("a model without any attention has no place in llama.cpp")
     if any(size.qk_pairs for size in sizes):
         raise ValueError("heads that were cut inside have no place in GGUF; prune with units groups+channels")
     widths = {(size.num_heads, size.num_kv_heads, size.intermediate_size) for size in sizes}
@@ -136,8 +149,9 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
             f"the tokenizer ({kind}) is not one that sentei can write as GGUF: byte-level BPE, split as gpt-2, smollm, "
             "llama-bpe or qwen2 do. llama.cpp's own conversion script knows more, from a folder in a plain form"
         )
-    if len(tokenizer) > size:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the model {size:,}: are they of one model?")
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last >= size:
+        raise ValueError(f"the tokenizer has tokens up to {last:,}, the model {size:,} of them: are they of one model?")
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [_UNUSED] * size
     for token, number in table["model"]["vocab"].items():
@@ -146,11 +160,11 @@ def vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
         tokens[added["id"]], types[added["id"]] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in table["model"]["merges"]]
     special = {name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")}
-    begun = tokenizer("a")["input_ids"]
+    begun, templates = tokenizer("a")["input_ids"], tokenizer.chat_template
     return {
         "tokens": tokens, "types": types, "merges": merges, "pre": pre, "special": special,
         "add_bos": special["bos"] is not None and len(begun) > 1 and begun[0] == special["bos"],
-        "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        "chat_template": templates.get("default") if isinstance(templates, dict) else templates,
     }  # fmt: skip
 
 
@@ -319,7 +333,10 @@ def _check_run(file: Path, model: Any, tokenizer: Any, tolerance: float) -> floa
             str(ids[-1]),
             str(answer),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        except subprocess.TimeoutExpired:
+            raise ValueError("llama.cpp did not answer in half an hour; the file is not kept") from None
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         found = json.loads(answer.read_text()) if answer.is_file() else {"error": last}
     if "error" in found:
