@@ -74,7 +74,7 @@ def main() -> None:
                 if (name, sparsity, seed) in made or (seed and name in PEERS and ROWS[name][2] == 1):
                     continue
                 method, compensations, search = how(name)
-                method = replace(method, sparsity=sparsity, seed=seed)
+                method = replace(method, sparsity=sparsity, seed=seed, round_to=1)  # as the table began
                 kept = Path(args.masks) / f"{search}-{sparsity}-{seed}.pt"
                 pruned, found = prune(method, compensations, model, tokenizer, text, kept)
                 row = {"row": name, "sparsity": sparsity, "seed": seed} | found | {"perplexity": judged(pruned)}

@@ -42,8 +42,8 @@ def demo(result: dict[str, Any]) -> str:
     speed = bench["speedups"]["prefill"]
     return (
         "**The demo** (SmolLM2-135M-Instruct, a quarter of the decoder parameters removed, healed for two and a half "
-        f"minutes on the Python reference; {machine['cores']} cores of {machine['cpu']}, fp32, one seed; healing sees "
-        "the domain of the test text, the parent did not):\n\n"
+        f"minutes on the Python reference; {machine['cores']} cores of {machine['cpu']}, "
+        f"{bench['parent']['dtype']}, one seed; healing sees the domain of the test text, the parent did not):\n\n"
         "| | small / parent |\n|---|---|\n"
         f"| perplexity on held-out Python reference, context 128 | {shown} |\n"
         f"| decoder parameters · all parameters | {values['layer_parameters_ratio']:.3f} · "

@@ -70,7 +70,8 @@ def output(model, ids=None):
         return model(PROMPT if ids is None else ids)[0]
 
 
-def assert_same(model, other, tolerance=0.0):
+def assert_same(model, other, tolerance=1e-6):
+    """Not to the bit: a matrix kernel may add in another order where loaded weights are aligned otherwise."""
     torch.testing.assert_close(output(other), output(model), rtol=0, atol=tolerance)
 
 
@@ -534,6 +535,7 @@ REFUSALS = {
     "a tokenizer's code": (tokenizer_code, "--trust-remote-code"),
     "labels without end": (spoil_config(num_labels=10**10), "from 1 to 1,000,000"),
     "a size of the wrong kind": (spoil_config(hidden_size="many"), "hidden_size"),
+    "a class by number": (spoil_config(architectures=-1), "expected a list of class names"),
 }
 
 

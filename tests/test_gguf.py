@@ -1,6 +1,7 @@
 """GGUF: what llama.cpp computes from the file is what the model computes."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,20 @@ def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):
     for more in (["--outtype", "q8_0", "--out", str(tmp_path / "x")], ["--out", str(tmp_path / "x.gguf")]):
         assert main(["export", str(tmp_path / "model"), *more]) == 2
         assert "go with --to gguf" in capsys.readouterr().err
+
+
+def test_a_models_own_code_runs_with_consent_only(bytes_, tmp_path, capsys):
+    for part in (toy("llama"), bytes_):
+        part.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "theirs.TheirsForCausalLM"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "theirs.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass TheirsForCausalLM(LlamaForCausalLM):\n    pass\n"
+    )
+    words = ["export", str(tmp_path / "model"), "--to", "gguf", "--out", str(tmp_path / "model.gguf")]
+    assert main(words) == 2 and "--trust-remote-code" in capsys.readouterr().err
+    assert main([*words, "--trust-remote-code"]) == 0
 
 
 def test_scaling_in_a_file_is_refused(tmp_path):

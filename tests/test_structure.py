@@ -5,6 +5,7 @@ import torch
 from conftest import DECODERS, ENCODERS, tiny_model
 
 from sentei import masks, structure
+from sentei.methods.one_shot import OneShot
 
 GRANULARITIES = ("heads", "channels", "heads+channels", "sublayers", "layers")
 
@@ -213,6 +214,16 @@ def test_uniform_and_rounded():
         masks.select(score, units, 100, round_to=64)
     with pytest.raises(ValueError, match="no channels would be left"):
         masks.select(score, units, masks.removal_target(units, 0.9), uniform=True, round_to=32)
+
+
+@pytest.mark.parametrize(("width", "given", "multiple"), [(1024, None, 32), (1023, None, 1), (1024, 8, 8), (64, 8, 8)])
+def test_wide_layers_are_rounded(width, given, multiple):
+    units = structure.units(tiny_model("llama", intermediate_size=width), "channels")
+    score = torch.rand(len(units), generator=torch.Generator().manual_seed(3))
+    keep = OneShot(sparsity=0.4, round_to=given).select(score, units, "global")
+    kept = [int(keep[units.of(i, "channels")].sum()) for i in range(4)]
+    assert all(count % multiple == 0 for count in kept)
+    assert multiple == 32 or any(count % (2 * multiple) for count in kept)
 
 
 def test_uniform_heads_go_in_whole_steps():

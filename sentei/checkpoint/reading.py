@@ -373,6 +373,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path} names no model_type; expected the config.json of a transformers model")
     structure.family(config["model_type"])
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} has architectures {names!r}; expected a list of class names")
     labels = config.get("num_labels", 2)
     if not isinstance(labels, int) or not 0 < labels <= MOST_LABELS:  # transformers makes a name for each at once
         raise ValueError(f"{path} has num_labels {labels!r}; expected a number from 1 to {MOST_LABELS:,}")
@@ -383,8 +386,9 @@ def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         )
     quantization = config.get("quantization_config")
     if quantization:
+        how = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ValueError(
-            f"{folder} is quantised ({quantization.get('quant_method', 'unknown method')}); prune the original "
+            f"{folder} is quantised ({how or 'unknown method'}); prune the original "
             "float checkpoint and quantise the result"
         )
     return config

@@ -298,7 +298,8 @@ def _export(options: argparse.Namespace) -> int:
 def _gguf(options: argparse.Namespace) -> int:
     from sentei.export import gguf
 
-    found = gguf.write(options.model, options.out, outtype=options.outtype or "f16", force=options.force)
+    settings = {name: getattr(options, name) for name in ("force", "trust_remote_code")}
+    found = gguf.write(options.model, options.out, outtype=options.outtype or "f16", **settings)
     for note in found["notes"]:
         print(note)
     checked = "not run: pip install 'sentei[gguf]' to have it checked in llama.cpp"

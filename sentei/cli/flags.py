@@ -159,6 +159,7 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "q4_0"], help="gguf: of matrices (f16)")
     command.add_argument("--out", required=True, metavar="PATH", help="the new folder, or .gguf file")
     command.add_argument("--force", action="store_true", help="replace it")
+    _add_trust_flag(command)
 
     add("methods", "name, paper and purpose of every method")
     return parser, made
@@ -176,6 +177,10 @@ def _add_stage_flags(command: Parser, out_required: bool) -> None:
 
 def _add_load_flags(command: Parser) -> None:
     command.add_argument("--dtype", default="auto", help="computation: auto, float32, bfloat16, float16")
+    _add_trust_flag(command)
+
+
+def _add_trust_flag(command: Parser) -> None:
     command.add_argument(
         "--trust-remote-code", action="store_true", help="run the Python code that a foreign checkpoint brings along"
     )

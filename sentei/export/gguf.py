@@ -37,7 +37,9 @@ PROMPT = "The gardener cuts the branches that bear no fruit, and in 1998 the tre
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 
 
-def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: bool = False) -> dict[str, Any]:
+def write(
+    folder: str | Path, out: str | Path, *, outtype: str = "f16", force: bool = False, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Write a checkpoint as a .gguf file.
 
     Args:
@@ -45,6 +47,7 @@ def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: b
         out: the file.
         outtype: of matrices, one of TYPES. Vectors are float32; matrices whose rows are no multiple of a quantised
             type's block of 32 are float16.
+        trust_remote_code: run the Python code that a foreign checkpoint brings along.
     Returns:
         "file", "bytes", "architecture", "outtype", "notes" (what the user should know), and "difference": the largest
         between log-probabilities of llama.cpp and transformers, None without llama.cpp.
@@ -63,7 +66,8 @@ def write(folder: str | Path, out: str | Path, *, outtype: str = "f16", force: b
         raise ValueError(f"{out} cannot be written: no right to write there")
     if (Path(folder) / "sentei_adapter.json").is_file():
         raise ValueError(f"{folder} holds adapters, which a .gguf file of the model would leave out; export their base")
-    model, tokenizer = checkpoint.load(folder, device="cpu", dtype="float32")  # what the check compares with
+    # In float32: what the check compares with.
+    model, tokenizer = checkpoint.load(folder, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
     notes = []
     if folding.is_folded(model):
         shared = structure.total_parameters(model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sentei import data, importance, masks, structure
 from sentei.distill import Distillation, head
 from sentei.methods import Progress, option
-from sentei.structure import Units
+from sentei.structure import KINDS, Units
 from sentei.train import causal_batch, masked_batch, mix
 
 COMPENSATIONS = ("auto", "none", "mean", "least-squares")
@@ -89,7 +89,9 @@ class Structural:
     shape: str = option(
         "heterogeneous", "heterogeneous: layers differ in width; uniform: all alike; padded: zero-filled"
     )
-    round_to: int = option(1, "keep channels in multiples of this")
+    round_to: int | None = option(
+        None, "keep channels in multiples of this; none: of 32 where every MLP has 1,024 or more of them, else 1"
+    )
     calibration_samples: int = option(128, "blocks of calibration text")
     calibration_seq_len: int = option(128, "tokens per block")
     ridge: float = option(0.1, "least-squares: pull towards the old weights, in units of the mean input variance")
@@ -118,8 +120,8 @@ class Structural:
         if self.shape not in SHAPES:
             raise ValueError(f"shape is one of {', '.join(SHAPES)}; got {self.shape!r}")
         for name in ("round_to", "calibration_samples", "calibration_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"{name} must be at least 1; got {given}")
         if self.compensate in COMPENSATIONS[2:] and self.whole:
             raise ValueError(
                 f"compensate={self.compensate} is for heads and channels; use none with {self.resolved_granularity}"
@@ -214,8 +216,15 @@ class Structural:
 
     def select(self, score_U: Tensor, units: Units, scope: str, tie_break_U: Tensor | None = None) -> Tensor:
         target = masks.removal_target(units, self.sparsity)
-        uniform, round_to = self.shape == "uniform", self.round_to if "channels" in units.granularity else 1
+        uniform, round_to = self.shape == "uniform", self._round_to(units)
         return masks.select(score_U, units, target, scope, tie_break_U=tie_break_U, uniform=uniform, round_to=round_to)
+
+    def _round_to(self, units: Units) -> int:
+        """Matrix kernels, and the 8-bit blocks of a GGUF file, want widths in multiples of 32."""
+        _, channels_L = units.layer_U[units.kind_U == KINDS.index("channels")].unique(return_counts=True)
+        if not len(channels_L):
+            return 1
+        return self.round_to or (32 if int(channels_L.min()) >= 1024 else 1)
 
     def cut(self, run: Run, keep_U: Tensor) -> dict[str, Any]:
         """Compensate, remove, and account for it."""
