@@ -6,7 +6,7 @@
 All methods calibrate on the same text. A row tries each compensation that fits and keeps the one with the lowest loss
 on held-out calibration text, never on the evaluation text. Rows are appended as they are made; a second run makes the
 missing ones. With --masks DIR a search is kept there and not made again when its healed row is added later; the healed
-row takes the compensation that its unhealed row found best.
+row takes the compensation that its unhealed row found best. --cost adds what each search costs, on a quiet machine.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import math
 import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from tables import add, flags, made_on, name_of, peak, printed, reset_peak, resumed, spread
+from tables import add, flags, made_on, name_of, peak, printed, reset_peak, resumed, spread, write
 
 from sentei import checkpoint, data, evaluate, structure
 from sentei.methods.heal import Heal
@@ -61,7 +63,17 @@ def main() -> None:
         "calibration": {"name": Path(args.data).name, "sha256": text.sha256, "blocks": args.calibration, "tokens": 128},
         "dtype": str(next(model.parameters()).dtype),
     }
-    table = resumed(out, made_with) | made_on()
+    table = resumed(out, made_with)
+    if args.cost:
+        table.setdefault("cost", {})
+        for name in args.methods or ["inference", *ROWS]:
+            if name not in table["cost"]:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                    table["cost"][name] = fresh.submit(search_cost, name, args).result() | made_on()
+                write(out, table)
+                print(name, table["cost"][name], flush=True)
+        return
+    table |= made_on()
 
     def put(row: dict[str, Any]) -> None:
         add(out, table, row, "layers")
@@ -74,18 +86,12 @@ def main() -> None:
         put({"method": "dense", "sparsity": 0.0, "seed": 0, "healed": False} | quality(model, tokenizer, args))
     for sparsity in args.sparsity:
         for name in args.methods or ROWS:
-            method, compensations, seeds = ROWS[name]
+            _, compensations, seeds = ROWS[name]
             for seed in range(min(seeds, args.seeds)):
                 wanted = [False, True] if args.heal_steps else [False]
                 if all((name, sparsity, seed, healed) in made for healed in wanted):
                     continue
-                # The table began without a correction (ingredients.py has what that gives) and without rounding.
-                fields = {"sparsity": sparsity, "seed": seed, "correction": 0.0, "round_to": 1}
-                if name != "greedy":
-                    fields["calibration_samples"] = args.calibration
-                if isinstance(method, PolicyGradient):
-                    fields |= {"coarse_steps": args.search_steps, "batch_size": args.search_batch}
-                method = replace(method, **fields)
+                method = with_fields(name, sparsity, seed, args)
                 kept = Path(args.masks) / f"{name}-{sparsity}-{seed}.pt" if args.masks else None
                 row = made.get((name, sparsity, seed, False))
                 if row is not None:
@@ -99,6 +105,35 @@ def main() -> None:
                     Heal(steps=args.heal_steps, seed=seed).compress(pruned, tokenizer, text, teacher=parent)
                     healed = {"healed": True, "heal_steps": args.heal_steps}
                     put(row | healed | quality(pruned, tokenizer, args))
+
+
+def with_fields(name: str, sparsity: float, seed: int, args: argparse.Namespace) -> Any:
+    """A row's method. The table began without a correction (see ingredients.py) and without rounding."""
+    method = ROWS[name][0]
+    fields = {"sparsity": sparsity, "seed": seed, "correction": 0.0, "round_to": 1}
+    if name != "greedy":
+        fields["calibration_samples"] = args.calibration
+    if isinstance(method, PolicyGradient):
+        fields |= {"coarse_steps": args.search_steps, "batch_size": args.search_batch}
+    return replace(method, **fields)
+
+
+def search_cost(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds and peak megabytes of a search, or of inference with its batch. For a process of its own."""
+    model, tokenizer = checkpoint.load(find_model(args.model), dtype=args.dtype)
+    text = data.load(args.data)
+    batches = data.blocks(text.train, tokenizer, 128, seed=0)[: args.calibration].split(args.search_batch)
+    with torch.inference_mode():
+        model(batches[0])  # what the first forward sets up is no method's cost
+        reset_peak()
+        started = time.monotonic()
+        if name == "inference":
+            for ids_BT in batches:
+                model(ids_BT)
+    if name != "inference":
+        method = with_fields(name, args.sparsity[0], 0, args)
+        method.choose(method.start(model, tokenizer, text))
+    return {"seconds": time.monotonic() - started, "peak_mb": peak(), "sparsity": args.sparsity[0]}
 
 
 def remembering(model: Any) -> Any:
@@ -121,18 +156,13 @@ def prune(
     method: Any, compensations: tuple[str, ...], model: Any, tokenizer: Any, text: Any, kept: Path | None
 ) -> tuple[Any, dict[str, Any]]:
     """The pruned copy with the compensation that is best on held-out calibration text, and its figures."""
-    reset_peak()
-    started = time.monotonic()
-    run = method.start(model, tokenizer, text)
-    reused = kept is not None and kept.exists()
-    if reused:
+    if kept is not None and kept.exists():
         keep_U, account = torch.load(kept, weights_only=True), {}
     else:
-        keep_U, account = method.choose(run)
+        keep_U, account = method.choose(method.start(model, tokenizer, text))
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             torch.save(keep_U, kept)
-    cost = {} if reused else {"search_seconds": time.monotonic() - started, "search_peak_mb": peak()}
     held = data.blocks(text.validation, tokenizer, 128, seed=1)[:32]
     losses: dict[str, float] = {}
     best: Any = None
@@ -151,7 +181,6 @@ def prune(
         "removed_of_layers": record["removed_of_layers"],
         "removed_of_model": record["removed_of_model"],
         "forwards": account.get("forwards"),
-        **cost,  # not of a search that was kept
         "layers": [[size.num_kv_heads, size.intermediate_size] for size in structure.sizes(best)],
     }
 
@@ -190,12 +219,11 @@ def markdown(table: dict[str, Any]) -> str:
         f"{table['model']}, {table['dtype'].removeprefix('torch.')}, {table['machine']}. Perplexity on WikiText-2 raw "
         f"test ({blocks} tokens); zero-shot: mean accuracy of PIQA, ARC-easy, HellaSwag and WinoGrande, first "
         f"{first.get('zero_shot_limit', 0)} rows of each. All calibrated on {table['calibration']['blocks']} blocks of "
-        f"{table['calibration']['tokens']} tokens of {table['calibration']['name']} (WikiText-103). {healing}Seconds "
-        "and memory are of the search.",
+        f"{table['calibration']['tokens']} tokens of {table['calibration']['name']} (WikiText-103). {healing}",
         "",
         f"| removed of layers | method | compensation | {' | '.join(context.values())} | zero-shot "
-        "| healed: 128 | healed: 1024 | healed: zero-shot | s | MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| healed: 128 | healed: 1024 | healed: zero-shot |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[Any, dict[bool, list[dict[str, Any]]]] = {}
     for row in table["rows"]:
@@ -211,9 +239,20 @@ def markdown(table: dict[str, Any]) -> str:
     for sparsity, method in sorted(groups, key=order):
         plain, healed = groups[sparsity, method][False], groups[sparsity, method][True]
         cells = scores(plain) + scores(healed)
-        cells += [spread([row[key] for row in plain if key in row], 0) for key in ("search_seconds", "search_peak_mb")]
         used = "/".join(sorted({row.get("compensation", "") for row in plain}))
         lines.append(f"| {plain[0].get('removed_of_layers', 0):.1%} | {method} | {used} | {' | '.join(cells)} |")
+    costs = table.get("cost", {})
+    if costs:
+        first = next(iter(costs.values()))
+        lines += [
+            "",
+            f"The search of each, at {first['sparsity']:.0%}, in a process of its own ({first['machine']}); inference "
+            "is one pass over the calibration text.",
+            "",
+            "| search | s | peak MB |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {name} | {row['seconds']:,.1f} | {row['peak_mb']:,.0f} |" for name, row in costs.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -237,6 +276,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heal-steps", type=int, default=0)
     parser.add_argument("--masks", help="folder to keep the searches in")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--cost", action="store_true", help="only what each search costs, at the first sparsity, in a fresh process"
+    )
     return parser.parse_args()
 
 
