@@ -129,7 +129,11 @@ def test_types(bytes_, tmp_path, capsys):
         out = tmp_path / f"{outtype}.gguf"
         assert main(["export", str(folder), "--to", "gguf", "--outtype", outtype, "--out", str(out)]) == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert f"written {out}" in said and f"architecture deci, {outtype}; run in llama.cpp" in said
+        assert (
+            f"written {out}" in said
+            and f"architecture deci, {outtype} (likely tokens'" in said
+            and "run in llama.cpp" in said
+        )
         assert ("1 matrices are f16" in said) == outtype.startswith("q")
         assert 1 < out.stat().st_size / (bytes_each * structure.total_parameters(model)) < 1.5
 
@@ -227,6 +231,24 @@ def test_a_file_that_computes_something_else_is_not_kept(bytes_, tmp_path, monke
         with pytest.raises(ValueError, match=message):
             gguf.write(tmp_path / "model", tmp_path / "model.gguf")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("outtype", ["f32", "q4_0"])
+def test_weights_in_the_wrong_order_are_seen(outtype, bytes_, tmp_path, monkeypatch):
+    """Coarse types too: llama.cpp is held to the rounded weights."""
+    model = toy("llama")
+    for layer in structure.layers(model):
+        layer.self_attn.q_proj.weight.data *= 30  # attention that matters
+        layer.self_attn.o_proj.weight.data *= 30
+    for part in (model, bytes_):
+        part.save_pretrained(tmp_path / "model")
+    found = gguf.write(tmp_path / "model", tmp_path / "right.gguf", outtype=outtype)
+    assert found["difference"] < gguf.TYPES[outtype] and (found["rounding"] == 0) == (outtype == "f32")
+    monkeypatch.setattr(gguf, "interleaved", lambda rows, head_dim: rows)
+    with pytest.raises(ValueError, match="log-probabilities are up to"):
+        gguf.write(tmp_path / "model", tmp_path / "wrong.gguf", outtype=outtype)
+    assert not (tmp_path / "wrong.gguf").exists()
 
 
 def test_what_gguf_cannot_hold(bytes_, words, tmp_path, capsys):

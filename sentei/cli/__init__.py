@@ -304,10 +304,10 @@ def _gguf(options: argparse.Namespace) -> int:
         print(note)
     checked = "not run: pip install 'sentei[gguf]' to have it checked in llama.cpp"
     if found["difference"] is not None:
-        checked = f"run in llama.cpp: log-probabilities within {found['difference']:.2g} of the model's"
+        checked = f"run in llama.cpp: log-probabilities within {found['difference']:.2g} of the same weights in torch"
     print(
         f"written {found['file']}: {found['bytes'] / 1e6:.1f} MB, architecture {found['architecture']}, "
-        f"{found['outtype']}; {checked}"
+        f"{found['outtype']} (likely tokens' log-probabilities change by up to {found['rounding']:.2g}); {checked}"
     )
     return 0
 
