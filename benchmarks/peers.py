@@ -36,7 +36,7 @@ TASKS = ("local_piqa", "local_arc_easy", "local_hellaswag", "local_winogrande")
 ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations tried, seeds
     "random": (OneShot(criterion="random"), ("none", "mean", "least-squares"), 3),
     "magnitude": (OneShot(criterion="magnitude"), ("none", "mean", "least-squares"), 1),
-    "wanda": (OneShot(criterion="wanda"), ("none", "mean", "least-squares"), 1),
+    "wanda": (OneShot(criterion="wanda"), ("none", "mean", "least-squares"), 3),
     "wanda, channels only": (OneShot(criterion="wanda", granularity="channels"), ("none", "mean", "least-squares"), 1),
     "flap": (OneShot(criterion="flap"), ("none", "mean", "least-squares"), 1),
     "taylor": (OneShot(criterion="taylor"), ("none", "mean", "least-squares"), 1),
