@@ -286,7 +286,7 @@ def test_checkpointing_gives_the_same_run(words, examples):
 def test_micro_batches_are_one_larger_batch(words, examples):
     whole, parts = toy(), toy()
     records = [
-        short(lora_dropout=0.0, batch_size=4 // n, accumulate=n).compress(model, words, examples)
+        short(lora_dropout=0.0, batch_size=4 // n, accumulate=n, precision="fp32").compress(model, words, examples)
         for model, n in ((whole, 1), (parts, 2))
     ]
     assert records[0]["kept"] == records[1]["kept"]
@@ -349,7 +349,7 @@ def test_loss_that_is_not_finite_stops_the_run(words, examples, tmp_path, monkey
 
     monkeypatch.setattr(tuning.Tuning, "_mask_gradient", broken)
     with pytest.raises(ValueError, match=r"step 4 \(phase control, fp32\); the last good state is in"):
-        short().compress(model, words, examples, workdir=tmp_path)
+        short(precision="fp32").compress(model, words, examples, workdir=tmp_path)
     assert same(weights(model), before)
 
 

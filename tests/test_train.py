@@ -152,7 +152,7 @@ def test_accumulation_equals_a_large_batch_even_with_padding(blocks):
     ends = []
     for batch_size, accumulate in ((8, 1), (2, 4)):
         model = tiny().double().float()
-        settings = Settings(lr=1e-3, steps=3, accumulate=accumulate)
+        settings = Settings(lr=1e-3, steps=3, accumulate=accumulate, precision="fp32")
         last = list(train(model, shuffled(marked, batch_size, seed=0, make=make), ce_only, settings))[-1]
         ends.append((last, weights(model)))
     assert ends[0][0].losses["ce"] == pytest.approx(ends[1][0].losses["ce"], abs=1e-6)

@@ -290,7 +290,8 @@ class Adapters:
         dropped_U = 1.0 - mask_U.float()
         total = {0: 0.0, 1: 0.0}
         for factor, dimension, unit_R in self.rows:
-            excess_R = (factor.square().sum(1 - dimension) + 1e-8).sqrt() - 1e-4
+            square_R = factor.square().sum(1 - dimension)
+            excess_R = square_R / ((square_R + 1e-8).sqrt() + 1e-4)  # sqrt(x + 1e-8) - 1e-4, and 0 at 0 to the bit
             total[dimension] += float((excess_R * dropped_U[unit_R]).sum())
         b, a = (max(0.0, total[dimension]) / (3 * self.num_layers) for dimension in (0, 1))
         return {"lasso": a + b, "lasso_a": a, "lasso_b": b}
