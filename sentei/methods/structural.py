@@ -222,9 +222,7 @@ class Structural:
     def _round_to(self, units: Units) -> int:
         """Matrix kernels, and the 8-bit blocks of a GGUF file, want widths in multiples of 32."""
         _, channels_L = units.layer_U[units.kind_U == KINDS.index("channels")].unique(return_counts=True)
-        if not len(channels_L):
-            return 1
-        return self.round_to or (32 if int(channels_L.min()) >= 1024 else 1)
+        return self.round_to or (32 if bool((channels_L >= 1024).all()) else 1)
 
     def cut(self, run: Run, keep_U: Tensor) -> dict[str, Any]:
         """Compensate, remove, and account for it."""
