@@ -31,23 +31,27 @@ import torch
 from tables import write
 
 from sentei import benchmark, checkpoint, data, evaluate, folding, masks, recipe, structure
+from sentei.atomic import replacing
 from sentei.greedy import greedy
 from sentei.methods.fold_gpt import FoldGPT, healing, ranking
 
-# name -> (score that removes, part of what goes that is removed; the rest is folded)
-ROWS: dict[str, tuple[str, float]] = {
-    "remove: block influence": ("block_influence", 1.0),
-    "remove: greedy": ("greedy", 1.0),
-    "remove: gates": ("gates", 1.0),
-    "remove: Taylor": ("taylor", 1.0),
-    "remove: random": ("random", 1.0),
-    "fold": ("gates", 0.0),
-    "gates + fold, half and half": ("gates", 0.5),
-    "gates + fold, three to one": ("gates", 0.75),
-    "greedy + fold, half and half": ("greedy", 0.5),
+# name -> (score that removes, is what it drops exchanged, part of what goes that is removed; the rest is folded)
+ROWS: dict[str, tuple[str, bool, float]] = {
+    "remove: block influence": ("block_influence", False, 1.0),
+    "remove: block influence, exchanged": ("block_influence", True, 1.0),
+    "remove: greedy": ("greedy", False, 1.0),
+    "remove: gates": ("gates", False, 1.0),
+    "remove: gates, exchanged": ("gates", True, 1.0),
+    "remove: Taylor": ("taylor", False, 1.0),
+    "remove: random": ("random", False, 1.0),
+    "fold": ("gates", False, 0.0),
+    "gates + fold, half and half": ("gates", True, 0.5),
+    "gates + fold, three to one": ("gates", True, 0.75),
+    "block influence + fold, half and half": ("block_influence", True, 0.5),
+    "greedy + fold, half and half": ("greedy", False, 0.5),
 }
 # What may differ between two runs that add rows to one table.
-FREE = ("model", "data", "test", "out", "work", "markdown", "small", "weigh", "rows", "stored", "seeds")
+FREE = ("model", "data", "test", "out", "work", "markdown", "small", "weigh", "rows", "stored", "seeds", "heal")
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
     for stored in args.stored:
         for name in args.rows or ROWS:
             for seed in range(args.seeds):
-                wanted = [False, True] if args.heal_steps else [False]
+                wanted = [False, True] if args.heal_steps and args.heal else [False]
                 missing = [healed for healed in wanted if (name, stored, seed, healed) not in made]
                 if not missing and (not args.weigh or seed or (name, stored) in weighed):
                     continue
@@ -89,7 +93,16 @@ def main() -> None:
                 run = method.start(small, tokenizer, text, workdir=place)
                 run.texts = texts[seed] = texts.get(seed) or shared_text(run)
                 resumed = place.exists()
+                kept = shared_states(work, method)
+                for state, file in kept.items():
+                    if file.exists() and not resumed:
+                        place.mkdir(parents=True, exist_ok=True)
+                        shutil.copy(file, place / state)
                 dense, row = prune(run, table, out)
+                for state, file in kept.items():
+                    if (place / state).exists():
+                        with replacing(file) as part:
+                            shutil.copy(place / state, part)
                 row = {"row": name, "stored": stored, "seed": seed, "resumed": resumed} | row
                 if False in missing:
                     put(row | {"healed": False} | quality(small, tokenizer, args))
@@ -119,8 +132,18 @@ def shared_text(run: Any) -> dict[str, torch.Tensor]:
     return replace(run.method, sparsity=0.1, score=("gates",), target_blocks=0.5).split(run)
 
 
+def shared_states(work: Path, method: FoldGPT) -> dict[str, Path]:
+    """Where trained gates and measured windows wait for the next row that would make the same ones."""
+    removed = f"{method.score[0]}-{method.sparsity:.3f}-{method.seed}"
+    windows = f"{removed}-{method.exchange}" if method.sparsity else f"none-{method.seed}"
+    return {
+        "gates.pt": work / f"gates-{removed}.pt",
+        "plan.json": work / f"plan-{windows}-{method.group_size}.json",
+    }
+
+
 def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) -> FoldGPT:
-    score, part = ROWS[name]
+    score, exchanged, part = ROWS[name]
     remove = (1 - stored) * part
     # a group of two saves half of what is in groups, less the corrections: fewer parameters need larger groups
     left = 1 - remove
@@ -129,6 +152,7 @@ def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) ->
         sparsity=remove,
         target_blocks=stored if part < 1 else None,
         score=(score,),
+        exchange=args.exchange if exchanged else 0,
         group_size=args.group_size or group_size,
         parent=args.parent,
         plan=args.plan,
@@ -301,11 +325,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", default="../shared/data/wikitext-2-raw/wiki.test.raw")
     parser.add_argument("--stored", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5], help="of block parameters")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS))
+    parser.add_argument("--heal", action=argparse.BooleanOptionalAction, default=True, help="the healed rows too")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--calibration", type=int, default=16, help="blocks of text for scores other than gates")
     parser.add_argument("--tokens", type=int, default=256, help="per block of all calibration and healing text")
     parser.add_argument("--gate-steps", type=int, default=200)
     parser.add_argument("--gate-batch", type=int, default=8)
+    parser.add_argument("--exchange", type=int, default=8, help="trials of rows that exchange what they drop")
     parser.add_argument("--fold-samples", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=None, help="default: the smallest that reaches the rate")
     parser.add_argument("--parent", default="best")

@@ -29,12 +29,12 @@ def bench(words, tmp_path, monkeypatch, script):
         "model": tmp_path / "parent", "out": tmp_path / "table.json", "work": tmp_path / "work",
         "data": tmp_path / "text.txt", "test": tmp_path / "text.txt", "tokens": 16, "calibration": 2,
         "gate-steps": 4, "gate-batch": 2, "fold-samples": 2, "heal-steps": 2, "batch-size": 2, "blocks-128": 2,
-        "blocks-1024": 0, "parent": "first", "lora-rank": 2, "plan": "dp",
+        "blocks-1024": 0, "parent": "first", "lora-rank": 2, "plan": "dp", "stored": 0.8,
     }  # fmt: skip
 
     def run(*more, rows=ROWS, **changed):
         flags = [word for key, value in (fixed | changed).items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr("sys.argv", ["fold.py", "--stored", "0.8", "--rows", *rows, *flags, *more])
+        monkeypatch.setattr("sys.argv", ["fold.py", "--rows", *rows, *flags, *more])
         script.main()
         return json.loads((tmp_path / "table.json").read_text())
 
@@ -68,7 +68,8 @@ def test_all_rows_have_the_same_text(bench, monkeypatch):
 def test_a_row_goes_on_where_it_was_stopped(bench, monkeypatch):
     script, run = bench
     expected = run(rows=["fold"])
-    Path(script.arguments().out).unlink()
+    for file in (Path(script.arguments().out), *Path(script.arguments().work).glob("plan-*")):
+        file.unlink()
 
     def kill(*_):
         raise Killed
@@ -82,7 +83,10 @@ def test_a_row_goes_on_where_it_was_stopped(bench, monkeypatch):
     assert table["rows"][2]["measurements"] < expected["rows"][2]["measurements"]
     for row, other in zip(table["rows"], expected["rows"], strict=True):
         assert row["perplexity"] == other["perplexity"] and row.get("groups") == other.get("groups")
-    assert not [place for place in Path(script.arguments().work).iterdir() if place.name != "parent"]
+    left = Path(script.arguments().work)
+    assert not [place for place in left.iterdir() if place.is_dir() and place.name != "parent"]
+    assert len(run("--no-heal", rows=["fold"], stored=0.75)["rows"]) == 4  # not healed, and its windows are known
+    assert [file.name for file in left.glob("plan-*")] == ["plan-none-0-2.json"]
 
 
 def test_a_gguf_is_unpacked_once(bench, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ IDS = torch.randint(5, 128, (2, 12), generator=torch.Generator().manual_seed(0))
 BLOCKS = torch.randint(5, 128, (4, 12), generator=torch.Generator().manual_seed(1))
 FEW = {
     "calibration_samples": 4, "calibration_seq_len": 16, "gate_steps": 4, "gate_batch": 2, "fold_samples": 4,
-    "heal_steps": 2, "batch_size": 2, "eval_samples": 2, "lora_rank": 2, "save_every": 1,
+    "heal_steps": 2, "batch_size": 2, "eval_samples": 2, "lora_rank": 2, "save_every": 1, "exchange": 0,
 }  # fmt: skip
 TEXT = data.Text([PHRASE * 12, PHRASE[::-1] * 12], [PHRASE * 4], [PHRASE], "phrases", "0" * 64)
 
@@ -151,6 +151,24 @@ def test_a_useless_block_goes_first(words, text):
     # random blocks may do harm, so greedy may find a better one; the useless one costs nothing
     assert account["greedy"][0]["loss"] <= run.mean_loss(run.calibration) + 1e-6
     assert abs(rows["taylor"]["values"][2]) < 1e-6
+
+
+def test_what_the_first_score_drops_is_exchanged(words, text):
+    model, fields = small(), FEW | {"score": ("random", "taylor"), "exchange": 4}
+    swapped = 0
+    for seed in range(3):
+        run = FoldGPT(sparsity=0.2, **fields, seed=seed).start(model, words, text)
+        keep, account = run.method.choose(run)
+        first, start, other = account["scores"]
+        assert [first["score"], start["score"], other["score"]] == ["random, exchanged", "random", "taylor"]
+        assert first["dropped"] == str(int((~keep).nonzero())) and first["overlap"] == 1
+        assert first["tokens"] > 0 == start["tokens"]
+        with masks.masked(model, run.units, keep):
+            found = run.mean_loss(run.calibration)
+        losses = [entry["loss"] for entry in account["exchange"] if entry.get("kept", True)]
+        assert found == pytest.approx(losses[-1], abs=1e-6) and losses == sorted(losses, reverse=True)
+        swapped += first["dropped"] != start["dropped"]
+    assert swapped
 
 
 def test_pairs_that_only_hurt_together():
@@ -338,6 +356,7 @@ def test_per_layer_lists_follow_a_removal():
         ({"gate_init": 1.0}, "gate_init"),
         ({"heal_lr": 0}, "heal_lr"),
         ({"protect_first": -1}, "protect_first"),
+        ({"exchange": -1}, "exchange"),
         ({"sparsity": 0.9}, "protect_first=1 and protect_last=1"),
         ({"sparsity": 0.0, "target_blocks": 0.4}, r"is below what group_size=2 reaches \(0.8"),
         ({"sparsity": 0.0, "target_blocks": 0.8, "lora_rank": 40}, "Use lora_rank <= "),

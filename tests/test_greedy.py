@@ -1,4 +1,4 @@
-"""Greedy removal: the same choice as when every candidate runs the whole model, in half the time."""
+"""Removal by measuring: the same choice as when every candidate runs the whole model, in half the time."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from conftest import tiny_model
 
 from sentei import masks, structure
 from sentei.distill import Distillation
-from sentei.greedy import greedy
+from sentei.greedy import exchange, greedy
 from sentei.train import causal_batch
 
 BLOCKS = torch.randint(5, 128, (5, 12), generator=torch.Generator().manual_seed(3))
@@ -63,3 +63,45 @@ def test_protected_blocks_stay():
     assert keep.tolist() == [True, False, False, True]
     with pytest.raises(ValueError, match="protect fewer"):
         greedy(model, units, BLOCKS, loss, units.total * 3 // 4, protected_U=protected)
+
+
+def plain_loss(model, units, keep):
+    with masks.masked(model, units, keep), torch.no_grad():
+        return sum(float(loss(model, ids, 0)) * len(ids) for ids in BLOCKS.split(2)) / len(BLOCKS)
+
+
+@pytest.mark.parametrize("granularity", ["layers", "sublayers"])
+def test_exchange_ends_where_no_swap_helps(granularity):
+    model = tiny_model("llama")
+    units = structure.units(model, granularity)
+    target = units.total // 2
+    scored = []
+    for seed in range(6):
+        start = masks.select(torch.rand(len(units), generator=torch.Generator().manual_seed(seed)), units, target)
+        before = start.clone()
+        keep, log = exchange(model, units, BLOCKS, loss, target, start, trials=30, batch_size=2)
+        assert torch.equal(start, before) and units.removed_parameters(keep) >= target
+        assert log[0]["loss"] == pytest.approx(plain_loss(model, units, start), abs=1e-6)
+        kept = [entry["loss"] for entry in log if entry.get("kept", True)]
+        assert kept == sorted(kept, reverse=True) and kept[-1] == pytest.approx(
+            plain_loss(model, units, keep), abs=1e-6
+        )
+        scored.append((log[0]["loss"], kept[-1]))
+        for back in (~keep).nonzero().flatten().tolist():  # of equal size, so that a swap is one for one
+            for out in keep.nonzero().flatten().tolist():
+                if units.cost_U[back] == units.cost_U[out]:
+                    other = keep.clone()
+                    other[back], other[out] = True, False
+                    assert plain_loss(model, units, other) > kept[-1] - 1e-6
+    assert any(after < first for first, after in scored)
+
+
+def test_exchange_keeps_what_is_protected_and_no_trial_is_no_change():
+    model = tiny_model("llama")
+    units = structure.units(model, "layers")
+    start = torch.tensor([True, True, False, False])
+    protected = torch.tensor([True, False, False, False])
+    keep, _ = exchange(model, units, BLOCKS, loss, units.total // 2, start, trials=9, protected_U=protected)
+    assert keep[0] and int((~keep).sum()) == 2
+    keep, log = exchange(model, units, BLOCKS, loss, units.total // 2, start, trials=0)
+    assert torch.equal(keep, start) and len(log) == 1

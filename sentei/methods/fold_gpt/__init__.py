@@ -7,6 +7,7 @@ training with distillation of the tail follows is the paper's; every formula is 
 1. Refuse a model whose blocks differ; show how alike blocks are                         `check.check`, `.similarity`
 2. Rank blocks: gates under a budget, trained together while all weights stand still     `gates.Gates`
    and in the same run, to compare: block influence, greedy, Taylor, random              `ranking.choose`
+   Then swap dropped blocks for kept ones where that lowers the measured loss            `greedy.exchange`
 3. Drop blocks until `sparsity` of the blocks' parameters is gone; renumber the rest     `Structural.cut`
 4. Let runs of `group_size` neighbours share the linears of one of them until `target_*` is met: whose, with whose
    norms, with which scale and low-rank term is decided by measured KL to the dense model `folder.Folder`, `plan.choose`
@@ -78,6 +79,7 @@ class FoldGPT(Structural):
     calibration_samples: int = option(16, "blocks of text for similarity and for the scores other than gates", "[ours]")
     calibration_seq_len: int = option(256, "tokens per block of all text here", "[ours]")
     score: tuple[str, ...] = option(("gates",), f"of {', '.join(SCORES)}; the first decides, the rest is reported")
+    exchange: int = option(8, "trials to swap a dropped unit for a kept one, by measuring; 0: none", "[ours], measured")
     protect_first: int = option(1, "blocks at the start that are neither removed nor folded", "[ours], measured")
     protect_last: int = option(1, "blocks at the end that are neither removed nor folded", "[ours], measured")
 
@@ -149,7 +151,15 @@ class FoldGPT(Structural):
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        for name in ("protect_first", "protect_last", "lora_rank", "heal_steps", "tail_layers", "hidden_weight"):
+        for name in (
+            "exchange",
+            "protect_first",
+            "protect_last",
+            "lora_rank",
+            "heal_steps",
+            "tail_layers",
+            "hidden_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
         if not 0 < self.gate_init < 1:

@@ -1,5 +1,7 @@
 """Which units go: each score ranks them all, the first one decides, and every one is judged on the same held-out text.
 
+What the first one drops may then be exchanged, unit for unit, by measuring (`sentei.greedy.exchange`).
+
 gates            trained together under the budget, see gates.py
 block_influence  1 - mean cosine of what goes into a block and what comes out (ShortGPT), one pass
 greedy           drop the unit whose absence costs the least, measure all the others again, and so on (SLEB)
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from sentei import importance, masks, structure
 from sentei.distill import Distillation
-from sentei.greedy import greedy
+from sentei.greedy import exchange, greedy
 from sentei.methods.fold_gpt import gates, states
 from sentei.structure import Units
 from sentei.train import shuffled
@@ -33,26 +35,20 @@ POLARISED = 0.8  # of the gates should end outside [0.05, 0.95]
 
 
 def choose(run: FoldRun) -> tuple[Tensor, dict[str, Any]]:
-    """The units to keep by the first score, and a row for each score: what it drops, and at what loss."""
+    """The units to keep, and a row for each score: what it drops, and at what loss. The first row's are those kept."""
     method, units, target = run.method, run.units, masks.removal_target(run.units, run.method.sparsity)
     if not target:
         return torch.ones(len(units), dtype=torch.bool), {"scores": []}
-    held_NT = run.held
     rows: list[dict[str, Any]] = []
-    masks_found: list[Tensor] = []
     ranks: list[Tensor] = []
     account: dict[str, Any] = {}
-    dense_loss = run.mean_loss(held_NT, method.batch_size)
-    for name in method.score:
-        began = time.monotonic()
-        keep_U, score_U, tokens, more = _rank(name, run, target)
+    dense_loss = run.mean_loss(run.held, method.batch_size)
+
+    def judge(name: str, keep_U: Tensor, tokens: int, began: float) -> None:
         seconds = time.monotonic() - began
-        account |= more
         with masks.masked(run.model, units, keep_U):
-            loss = run.mean_loss(held_NT, method.batch_size)
-        masks_found.append(keep_U)
-        ranks.append(score_U)
-        gone, first = ~keep_U, ~masks_found[0]
+            loss = run.mean_loss(run.held, method.batch_size)
+        gone = ~keep_U
         rows.append(
             {
                 "score": name,
@@ -61,14 +57,38 @@ def choose(run: FoldRun) -> tuple[Tensor, dict[str, Any]]:
                 "held_loss_dense": dense_loss,
                 "tokens": tokens,
                 "seconds": seconds,
-                "rank_correlation": _spearman(score_U, ranks[0]),
-                "overlap": float((gone & first).sum() / (gone | first).sum()),
-                "values": [round(value, 6) for value in score_U.tolist()],
+                "rank_correlation": _spearman(ranks[-1], ranks[0]),
+                "overlap": float((gone & ~chosen_U).sum() / (gone | ~chosen_U).sum()),
+                "values": [round(value, 6) for value in ranks[-1].tolist()],
             }
         )
         if run.report is not None:
             run.report({"message": f"{name} drops {rows[-1]['dropped']}: held-out loss {loss:.3f}"})
-    return masks_found[0], account | {"scores": rows}
+
+    for name in method.score:
+        began = time.monotonic()
+        keep_U, score_U, tokens, more = _rank(name, run, target)
+        account |= more
+        ranks.append(score_U)
+        if len(ranks) == 1:
+            chosen_U = keep_U
+            if method.exchange:
+                chosen_U, passes, account["exchange"] = _exchanged(run, keep_U, target)
+                judge(f"{name}, exchanged", chosen_U, tokens + int(passes * run.calibration.numel()), began)
+        judge(name, keep_U, tokens, began)
+    return chosen_U, account | {"scores": rows}
+
+
+def _exchanged(run: FoldRun, keep_U: Tensor, target: int) -> tuple[Tensor, float, list[dict[str, Any]]]:
+    """keep_U after the exchange, forward passes over the calibration text, and the trials."""
+    method, units = run.method, run.units
+    found_U, log = exchange(
+        run.model, units, run.calibration, run.loss, target, keep_U, trials=method.exchange,
+        protected_U=protected(method, units), batch_size=method.batch_size, tick=run.tick,
+    )  # fmt: skip
+    gone, kept = int((~keep_U).sum()), int(keep_U.sum())
+    sweeps = sum(trial.get("kept", True) for trial in log)  # over what is gone: at the start and after each exchange
+    return found_U, 1 + sweeps * (1 + gone / 2) + (len(log) - 1) * (1 + kept / 2), log
 
 
 def protected(method: FoldGPT, units: Units) -> Tensor:
@@ -98,7 +118,7 @@ def _rank(name: str, run: FoldRun, target: int) -> tuple[Tensor, Tensor, int, di
     elif name == "block_influence":
         score_U = importance.block_influence(model, units, calibration)
     else:
-        score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(method.seed)).double()
+        score_U, tokens = torch.rand(len(units), generator=torch.Generator().manual_seed(method.seed)).double(), 0
     stays_U = score_U.double().clone()
     stays_U[protected_U] = float(stays_U.max()) + 1
     return masks.select(stays_U, units, target, "global", tie_break_U=tie_U), score_U, tokens, more
