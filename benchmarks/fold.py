@@ -339,7 +339,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=8, help="of what a folded layer keeps for itself")
     parser.add_argument("--scale", action=argparse.BooleanOptionalAction, default=True, help="output scales too")
     parser.add_argument("--heal-steps", type=int, default=200)
-    parser.add_argument("--heal-lr", type=float, default=2e-4, help="of low-rank terms and adapters")
+    parser.add_argument("--heal-lr", type=float, default=3e-3, help="of low-rank terms and adapters")
     parser.add_argument("--heal-vector-lr", type=float, default=1e-3, help="of norms and scales")
     parser.add_argument("--heal-rank", type=int, default=8, help="of temporary adapters, in every row")
     parser.add_argument("--batch-size", type=int, default=4)

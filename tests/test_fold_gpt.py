@@ -258,6 +258,31 @@ def test_a_planted_copy_costs_nothing():
     assert folding.layout(model)["owner"] == [0, 1, 2, 2, 4]
 
 
+def test_sharing_is_never_worse_than_removal():
+    """With output scales of 0 a member does nothing; where that is best it is found, and folded again the same way."""
+    model = small(6, attention_bias=False, mlp_bias=False)
+    for module in (structure.layers(model)[3].self_attn.o_proj, structure.layers(model)[3].mlp.down_proj):
+        nn.init.zeros_(module.weight)  # a block that does nothing: to run its neighbour's weights there can only hurt
+    units = structure.units(model, "layers")
+    made = folder(model, parent="first")
+    quiet = []
+    for number in range(1, 5):
+        keep = torch.arange(len(units)) != number + 1
+        with masks.masked(model, units, keep):
+            removed = made.judge.kl(model)
+        group = made.fold([number, number + 1])
+        folded = logits(model, BLOCKS)
+        assert group["kl"] <= removed + 1e-6
+        made.undo([number, number + 1])
+        made.apply(group)
+        assert torch.equal(logits(model, BLOCKS), folded)
+        made.undo([number, number + 1])
+        if group["starts"][str(number + 1)]["factor"] == 0:
+            quiet.append(number)
+            assert group["kl"] == pytest.approx(removed, abs=1e-6)
+    assert 2 in quiet
+
+
 @pytest.mark.parametrize("parent", ["first", "best", "average"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_starts(parent, family):

@@ -109,7 +109,7 @@ class FoldGPT(Structural):
     heal_steps: int = option(200, "optimiser steps of the healing; 0: none", "[ours]")
     batch_size: int = option(4, "blocks of text per step of the healing", "[ours]")
     accumulate: int = option(1, "micro-batches per step", "[ours]")
-    heal_lr: float = option(2e-4, "peak learning rate of low-rank terms and adapters", "[ours]")
+    heal_lr: float = option(3e-3, "peak learning rate of low-rank terms and adapters", "[ours], measured")
     heal_vector_lr: float = option(1e-3, "peak learning rate of norms and scales", "[ours]")
     warmup: float = option(0.03, "fraction of the healing in which the rates rise", "[ours]")
     ce_weight: float = option(1.0, "weight of the cross-entropy on the text", "[ours]")

@@ -2,7 +2,8 @@
 
 A member that runs with another one's linears starts from the best of these, each kept only if KL falls: its own norms
 or the parent's; a low-rank term from the weighted SVD of the difference of the weights; output scales of o_proj and
-down_proj by least squares against the block's own update.
+down_proj by least squares against the block's own update; these scales halved, or 0. With scales of 0 a member starts
+as if it had been removed, so that sharing is never worse than removal to begin with, and healing may wake it.
 
 Shape legend: T tokens, O outputs and I inputs of a linear, R rank.
 """
@@ -25,7 +26,10 @@ from sentei.methods.fold_gpt.judge import TINY, Judge, low_rank, output_scale
 from sentei.train import mix
 
 Group = dict[str, Any]
-"""{"members": [4, 5], "owner": 4 (-1: an average), "starts": {"5": {"norms", "low_rank", "scale"}}, "kl": after it}."""
+"""{"members": [4, 5], "owner": 4 (-1: an average), "starts": {"5": {"norms", "low_rank", "scale", "factor"}}, "kl":
+after it}."""
+
+FACTORS = (0.5, 0.0)  # of a member's output scales, beside 1
 
 
 class _Stop(Exception):
@@ -115,7 +119,7 @@ class Folder:
         group: Group = {"members": members, "owner": owner, "starts": {}}
         kl = self._kl(start, inputs)
         for number in self._corrected(members, owner):
-            choice = {"norms": "own", "low_rank": False, "scale": False}
+            choice = {"norms": "own", "low_rank": False, "scale": False, "factor": 1.0}
             group["starts"][str(number)] = choice
             if owner >= 0:
                 self._set_norms(number, owner)
@@ -135,6 +139,15 @@ class Folder:
                         kl, choice[what] = other, True
                     else:
                         self._put_back(number, before)
+            best = self._corrections(number)
+            for factor in FACTORS if self.scale else ():
+                before = self._corrections(number)
+                self._put_back(number, best)
+                self._multiply(number, factor)
+                if (other := self._kl(start, inputs)) < kl:
+                    kl, choice["factor"] = other, factor
+                else:
+                    self._put_back(number, before)
         return group | {"kl": kl}
 
     def apply(self, group: Group) -> None:
@@ -149,6 +162,7 @@ class Folder:
                 self._put_low_rank(number, owner, choice, members, None)
             if choice["scale"]:
                 self._put_scale(number, owner, choice, members, None)
+            self._multiply(number, choice["factor"])
 
     @torch.no_grad()
     def free_terms(self, seed: int) -> None:
@@ -292,6 +306,12 @@ class Folder:
             scale = self.layers[number].get_submodule(path).scale
             scale.copy_(output_scale(*sums[path]).to(scale))  # pyright: ignore[reportArgumentType]
         return bool(scaled)
+
+    @torch.no_grad()
+    def _multiply(self, number: int, factor: float) -> None:
+        for child in folding.linears(self.layers[number]).values():
+            if isinstance(child, folding.ChildLinear) and child.scale is not None:
+                child.scale.mul_(factor)
 
     def _outputs(
         self, number: int, paths: list[str], start: int, batch: int, inputs: list[Tensor] | None

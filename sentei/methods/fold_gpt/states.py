@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from sentei.methods.fold_gpt.folder import FACTORS
 from sentei.train import weights_digest
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def of_plan(run: FoldRun, dense: nn.Module, origin: Sequence[int], scale: bool) 
     """The models, the text that KL is measured on and the fields that a measurement depends on; not the target."""
     fields = {name: getattr(run.method, name) for name in PLAN}
     models = {"weights": weights_digest(run.model), "dense": weights_digest(dense)}
-    return fields | models | {"text": text(run.texts["fold"]), "origin": list(origin), "scale": scale}
+    more = {"text": text(run.texts["fold"]), "origin": list(origin), "scale": scale, "factors": FACTORS}
+    return fields | models | more
 
 
 def text(blocks_NT: Tensor) -> str:
