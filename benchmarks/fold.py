@@ -286,7 +286,7 @@ def markdown(table: dict[str, Any]) -> str:
             for row in table["rows"]
             if (row["stored"], row["row"], row["healed"]) == (stored, name, after) and context in row["perplexity"]
         ]
-        return f"{sum(found) / len(found):,.1f}" + (f" (n={len(found)})" if len(found) > 1 else "") if found else ""
+        return tables.spread(found)
 
     for stored, name in sorted(keys, key=lambda key: -key[0]):
         row = next(row for row in table["rows"] if (row["stored"], row["row"]) == (stored, name))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import estimators
+import fold
 import ingredients
 from peers import markdown
 
@@ -24,6 +25,7 @@ def main() -> None:
         ("ingredients-smollm2", parts_of_the_search),
         ("estimators-smollm2", ways),
         ("search-cost", search),
+        ("fold-smollm2", depth),
     ):
         file = ROOT / "results" / f"{name}.json"
         if file.exists():
@@ -66,6 +68,10 @@ def parts_of_the_search(table: dict[str, Any]) -> str:
 
 def ways(table: dict[str, Any]) -> str:
     return "**Ways to spend the same forward passes.** " + estimators.markdown(table)
+
+
+def depth(table: dict[str, Any]) -> str:
+    return "**Blocks removed, shared, or both, at equal stored parameters.** " + fold.markdown(table)
 
 
 def search(result: dict[str, Any]) -> str:
