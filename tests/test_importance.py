@@ -6,6 +6,7 @@ from conftest import DECODERS, ENCODERS, tiny_model
 
 from sentei import data, importance, masks, structure
 from sentei.distill import Distillation
+from sentei.importance import compensation
 from sentei.methods.one_shot import OneShot
 from sentei.train import causal_batch
 
@@ -110,15 +111,15 @@ def test_solve_matches_direct_least_squares():
     x = torch.randn(200, 6, generator=generator).double() @ mixing + 0.5
     weight = torch.randn(3, 6, generator=generator).double()
     kept = torch.tensor([True, True, False, True, True, False])
-    seen = importance._Second(6)
+    seen = compensation._Second(6)
     seen(x)
-    new, shift = importance._solve(weight, kept, seen, 0.0, True)
+    new, shift = compensation._solve(weight, kept, seen, 0.0, True)
     design = torch.cat([x[:, kept], torch.ones(200, 1).double()], 1)
     expected = torch.linalg.lstsq(design, x @ weight.T).solution.T
     torch.testing.assert_close(new[:, kept], expected[:, :4], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(shift, expected[:, 4], atol=1e-4, rtol=1e-4)
     assert not new[:, ~kept].any()
-    held, mean = importance._solve(weight, kept, seen, 1e9, True)  # all pull, no fit: the mean alone
+    held, mean = compensation._solve(weight, kept, seen, 1e9, True)  # all pull, no fit: the mean alone
     torch.testing.assert_close(held[:, kept], weight[:, kept], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mean, weight[:, ~kept] @ x[:, ~kept].mean(0), atol=1e-4, rtol=1e-4)
 
@@ -155,10 +156,10 @@ def test_a_correction_by_least_squares():
     error = (5 * x[:, :1] - x[:, 2:] + 7).expand(200, 2)
     weight = torch.randn(2, 3, generator=random)
     kept = torch.tensor([True, True, False])
-    seen = importance._Second(3, lambda tokens: 0.5 * error[tokens])
+    seen = compensation._Second(3, lambda tokens: 0.5 * error[tokens])
     seen(x[:120])
     seen(x[120:])
-    found, shift = importance._solve(weight, kept, seen, 1e-12, True)
+    found, shift = compensation._solve(weight, kept, seen, 1e-12, True)
     target = x @ weight.T + 0.5 * error
     wanted = torch.linalg.lstsq(torch.cat([x[:, :2], torch.ones(200, 1)], 1), target).solution
     torch.testing.assert_close(found[:, :2].float(), wanted[:2].T, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,177 @@
+"""What is left makes up for what goes: mean activations as biases, and a least-squares refit of the reading linears.
+
+Shape legend: U units, N blocks of text, T tokens, H hidden width, W inputs of a reading linear, K kept inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from sentei import masks, structure
+from sentei.importance.replay import Replay, Tick, moments, no_tick
+from sentei.structure import Family, Units
+
+
+def takes_correction(row: Family) -> bool:
+    """Does a sub-layer's output go into the residual stream as it is? Not where a norm comes in between."""
+    return len(row.mlp_norms) == 1
+
+
+def mean_fill(model: nn.Module, units: Units, blocks_NT: Tensor, *, tick: Tick = no_tick) -> masks.Fill:
+    """(layer, kind) -> mean activation of each input column, measured on the dense model: for masked forwards."""
+    found = moments(model, blocks_NT, units.granularity, tick=tick)
+    return {key: seen.mean_W.float() for key, seen in found.items()}
+
+
+@torch.no_grad()
+def mean_bias(model: nn.Module, units: Units, keep_U: Tensor, fill: masks.Fill) -> dict[tuple[int, str], Tensor]:
+    """The biases by which a cut model does what masking with `fill` does: W[:, dropped] @ mean[dropped], each [H]."""
+    row = structure.family(model)
+    bias: dict[tuple[int, str], Tensor] = {}
+    for number, layer in enumerate(structure.layers(model)):
+        for kind in units.granularity:
+            columns_K = _dropped_columns(layer, row, units, keep_U, number, kind)
+            linear = structure.reader(layer, row, kind)
+            if linear is not None and len(columns_K):
+                weight_HK = linear.weight[:, columns_K.to(linear.weight.device)].float()
+                bias[number, kind] = weight_HK @ fill[number, kind].to(weight_HK)[columns_K.to(weight_HK.device)]
+    return bias
+
+
+def _dropped_columns(layer: nn.Module, row: Family, units: Units, keep_U: Tensor, number: int, kind: str) -> Tensor:
+    of = units.of(number, kind)
+    return structure.columns(structure.sizes_of(layer, row), kind, units.index_U[of][~keep_U[of]])
+
+
+class _Second:
+    """First and second moments of a reading linear's inputs, in float64; of an error beside them, if there is one.
+
+    Args:
+        error: called with the tokens of a batch, as a slice; [T, H] what the output should be moved by there.
+    """
+
+    def __init__(self, width: int, error: Callable[[slice], Tensor] | None = None):
+        self.count = 0
+        self.xx = torch.zeros(width, width, dtype=torch.double)
+        self.x = torch.zeros(width, dtype=torch.double)
+        self.error = error
+        self.e = self.ex = torch.zeros(())
+
+    def __call__(self, x_TW: Tensor) -> None:
+        x_TW = x_TW.float()
+        if self.error is not None:
+            error_TH = self.error(slice(self.count, self.count + len(x_TW))).to(x_TW)
+            self.ex = self.ex + (error_TH.T @ x_TW).double().cpu()
+            self.e = self.e + error_TH.sum(0).double().cpu()
+        self.count += len(x_TW)
+        self.xx += (x_TW.T @ x_TW).double().cpu()
+        self.x += x_TW.sum(0).double().cpu()
+
+
+@torch.no_grad()
+def refit(
+    model: nn.Module,
+    units: Units,
+    keep_U: Tensor,
+    blocks_NT: Tensor,
+    *,
+    ridge: float = 0.1,
+    correction: float = 0.0,
+    with_bias: bool = True,
+    batch_size: int = 8,
+    tick: Tick = no_tick,
+) -> dict[tuple[int, str], Tensor]:
+    """Least-squares refit of the reading linears on calibration activations, layer by layer and without gradients.
+
+    The text flows through the model as it is pruned and refitted so far. At each reading linear that lost inputs the
+    kept columns get new weights, and the linear a bias, so that it comes closest to what it made of all its inputs:
+    min |W x + c e - W' x_K - b|^2 + ridge * mean(diag) |W' - W_K|^2. Weights are changed in place.
+
+    e is what the residual stream lacks there, in comparison with the dense model's, after all that was done to the
+    layers below, and c the share of it that this linear is asked to make good. A share of 1 on 8,192 tokens asks for
+    what the kept inputs do not know, and was worse on held-out text than none; 0.3 on 16,384 was better (LOG.md).
+
+    Args:
+        ridge: pull towards the old weights, in units of the mean variance of the inputs.
+        correction: c, for decoders that add a sub-layer's output to the stream as it is. Not 0: the text goes
+            through the dense model too.
+        with_bias: False where the target format has no bias.
+    Returns:
+        (layer, kind) -> [H] bias to add when the units are removed.
+    Raises:
+        ValueError: see `check_refit_tokens`.
+    """
+    row = structure.family(model)
+    check_refit_tokens(model, units, blocks_NT.numel())
+    replay = Replay(model, blocks_NT, batch_size)
+    dense = Replay(model, blocks_NT, batch_size) if correction and takes_correction(row) else None
+    now: dict[str, Tensor] = {}
+    bias: dict[tuple[int, str], Tensor] = {}
+    for number, layer in enumerate(replay.layers):
+        tick("refitting", number, len(replay.layers))
+        streams = {} if dense is None else dense.streams(number)
+        with ExitStack() as stack:
+            for kind in ("heads", "channels"):
+                linear = structure.reader(layer, row, kind)
+                if kind not in units.granularity or linear is None or not linear.in_features:
+                    continue
+                dropped_K = _dropped_columns(layer, row, units, keep_U, number, kind)
+                if not len(dropped_K):
+                    continue
+
+                def lack(of: slice, kind: str = kind, there: dict[str, Tensor] = streams) -> Tensor:
+                    return correction * (there[kind][of] - now[kind])
+
+                seen = _Second(linear.in_features, lack if streams else None)
+                replay.watch(number, {kind: seen}, now if streams else None)
+                kept_W = torch.ones(linear.in_features, dtype=torch.bool)
+                kept_W[dropped_K] = False
+                weight_HW, shift_H = _solve(linear.weight, kept_W, seen, ridge, with_bias)
+                linear.weight.copy_(weight_HW)
+                if with_bias:
+                    bias[number, kind] = shift_H.to(linear.weight)
+                    add = lambda module, x, y, shift=bias[number, kind]: y + shift  # noqa: E731
+                    stack.callback(linear.register_forward_hook(add).remove)
+            replay.advance(number)
+    return bias
+
+
+def refit_tokens(model: nn.Module, units: Units) -> int:
+    """Twice the width of the widest reading linear: with fewer tokens the refit would fit noise."""
+    widths = [(size.intermediate_size, size.num_heads * size.head_dim) for size in structure.sizes(model)]
+    cut = [kind in units.granularity for kind in ("channels", "heads")]
+    return 2 * max((width for each in widths for width, is_cut in zip(each, cut, strict=True) if is_cut), default=0)
+
+
+def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
+    """Raises ValueError for fewer tokens than the refit needs."""
+    needed = refit_tokens(model, units)
+    if tokens < needed:
+        raise ValueError(
+            f"least-squares needs at least {needed:,} calibration tokens for linears of width {needed // 2}; "
+            f"got {tokens:,}: raise calibration_samples, give more text or use compensate=mean"
+        )
+
+
+def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """The refitted weight, zero in dropped columns, and the bias that goes with it."""
+    old_HW = weight_HW.double().cpu()
+    mean_W = seen.x / seen.count * with_bias
+    covariance = seen.xx / seen.count - torch.outer(mean_W, mean_W)
+    wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W  # covariance of what is asked for, with x; its mean
+    if seen.error is not None:
+        mean_H = seen.e / seen.count
+        wanted_HW = wanted_HW + seen.ex / seen.count - torch.outer(mean_H, mean_W)
+        wanted_H = wanted_H + mean_H
+    inside = covariance[kept_W][:, kept_W]
+    new_HW = torch.zeros_like(old_HW)
+    if kept_W.any():
+        damping = max(ridge, 1e-9) * inside.diagonal().mean().clamp_min(1e-12)
+        left = inside + damping * torch.eye(len(inside), dtype=torch.double)
+        right = wanted_HW[:, kept_W] + damping * old_HW[:, kept_W]
+        new_HW[:, kept_W] = torch.linalg.solve(left, right.T).T
+    return new_HW, wanted_H - new_HW @ mean_W
