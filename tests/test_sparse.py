@@ -15,6 +15,7 @@ from transformers import AutoModelForQuestionAnswering, BertForPreTraining, Bert
 
 from sentei import checkpoint
 from sentei.checkpoint import sparse, zeros
+from sentei.checkpoint.sparse import decoding, encoding
 
 
 def random_sparse(shape, dtype, share, *, block=1, seed=0):
@@ -84,20 +85,20 @@ def test_codes_and_scales(rows, tmp_path):
 def test_every_form_of_a_mask_is_exact(shape, share, block, tmp_path, monkeypatch):
     """Bits and gaps, by rows and by columns, each made to be the one that is written."""
     state = {"w": random_sparse(shape, torch.float32, share, block=block)}
-    every = sparse._smallest_mask
+    every = encoding._smallest_mask
     for form in sparse.MASKS:
 
         def chosen(keep, level, zstd, form=form):
             flags = keep.numpy() if form.startswith("row") else np.ascontiguousarray(keep.numpy().T)
-            made = sparse._gaps(flags) if form.endswith("gaps") else np.packbits(flags, axis=1, bitorder="little")
+            made = encoding._gaps(flags) if form.endswith("gaps") else np.packbits(flags, axis=1, bitorder="little")
             return form, made.size, torch.from_numpy(made), "none"
 
-        monkeypatch.setattr(sparse, "_smallest_mask", chosen)
+        monkeypatch.setattr(encoding, "_smallest_mask", chosen)
         sparse.write(tmp_path / "m", state)
         assert torch.equal(sparse.read(tmp_path / "m")["w"], state["w"])
         entry = sparse.inspect(tmp_path / "m")["w"]
         assert entry.layout == "dense" or entry.mask == form
-    monkeypatch.setattr(sparse, "_smallest_mask", every)
+    monkeypatch.setattr(encoding, "_smallest_mask", every)
     least = sparse.write(tmp_path / "m", state)
     assert torch.equal(sparse.read(tmp_path / "m")["w"], state["w"])
     assert least <= sparse.write(tmp_path / "plain", state, zstd=False)
@@ -107,8 +108,8 @@ def test_gaps_by_hand():
     flags = torch.zeros(1000, dtype=torch.bool)
     flags[[0, 1, 5, 260, 260 + 256, 999]] = True
     wanted = [0, 0, 3, 254, 255, 0, 255, 227]
-    assert sparse._gaps(flags.numpy()).tolist() == wanted
-    assert np.array_equal(sparse._unpack_gaps("m", "w", np.array(wanted, dtype=np.uint8), 1000), flags.numpy())
+    assert encoding._gaps(flags.numpy()).tolist() == wanted
+    assert np.array_equal(decoding._unpack_gaps("m", "w", np.array(wanted, dtype=np.uint8), 1000), flags.numpy())
 
 
 def test_numbers_by_planes_are_smaller(tmp_path):
