@@ -247,7 +247,7 @@ def test_pruned_again_and_saved_again(saved, tmp_path, tokenizer):
     account = json.loads((second / "compression.json").read_text())
     assert [stage["method"] for stage in account["stages"]] == ["by_hand", "by_hand"]
     assert account["parent"]["path"] == str(saved / "llama")  # the dense one
-    assert account["stages"][1]["parent"]["sha256"] == reading.inspect(first).sha256()
+    assert account["stages"][1]["parent"]["sha256"] == checkpoint.inspect(first).sha256()
 
 
 def test_save_pretrained_of_a_loaded_model_keeps_the_modeling_file(saved, tmp_path):
@@ -576,7 +576,7 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"no folder or \.gguf file here"):
         checkpoint.load(tmp_path / "absent")
     with pytest.raises(ValueError, match="dtype 'float3' is not known"):
-        reading._dtype("float3", reading.Source(tmp_path, {}, {}, ()), torch.device("cpu"))
+        reading._dtype("float3", checkpoint.Source(tmp_path, {}, {}, ()), torch.device("cpu"))
 
 
 def test_sharded_checkpoints(parent, tmp_path, tokenizer):
@@ -587,7 +587,7 @@ def test_sharded_checkpoints(parent, tmp_path, tokenizer):
     assert len(files) > 1
     loaded, _ = checkpoint.load(tmp_path / "shards")
     assert_same(model, loaded)
-    assert reading.inspect(tmp_path / "shards").parameters == structure.total_parameters(model)
+    assert checkpoint.inspect(tmp_path / "shards").parameters == structure.total_parameters(model)
     files[0].unlink()
     with pytest.raises(ValueError, match="lacks the weight file"):
         checkpoint.load(tmp_path / "shards")
@@ -598,7 +598,7 @@ def test_automatic_dtype(parent, monkeypatch):
     for native, expected in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr(reading, "has_bf16", lambda device, native=native: native)
         assert checkpoint.load(folder, device="cpu")[0].dtype == expected
-    assert reading.inspect(folder).dtype == torch.bfloat16
+    assert checkpoint.inspect(folder).dtype == torch.bfloat16
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------------

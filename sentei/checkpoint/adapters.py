@@ -25,6 +25,7 @@ import sentei
 from sentei import adapters, structure
 from sentei.adapters import Unit
 from sentei.checkpoint import reading, writing
+from sentei.checkpoint.source import inspect
 from sentei.train import evaluating
 
 FORMAT = 1
@@ -67,7 +68,7 @@ def save(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        source = reading.inspect(parent, trust_remote_code=True)
+        source = inspect(parent, trust_remote_code=True)
         place = Path(parent).expanduser()
         # A relative path would mean another folder elsewhere; a hub id is no path.
         where = str(place.absolute()) if place.exists() else str(parent)

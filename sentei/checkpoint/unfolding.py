@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sentei import folding
 from sentei.checkpoint import reading, writing
+from sentei.checkpoint.source import inspect
 
 
 def unfold(path: str | Path, out: str | Path, *, force: bool = False) -> tuple[Path, int, int]:
@@ -19,7 +20,7 @@ def unfold(path: str | Path, out: str | Path, *, force: bool = False) -> tuple[P
         ValueError: not a folded checkpoint, or `out` cannot be written.
     """
     out = writing.check_output(out, parent=path, force=force)
-    source = reading.inspect(path)
+    source = inspect(path)
     model, tokenizer = reading.load(path, device="cpu")
     if not folding.is_folded(model):
         raise ValueError(f"{path} is not folded: its layers share no weights, any runtime can have it as it is")
@@ -27,4 +28,4 @@ def unfold(path: str | Path, out: str | Path, *, force: bool = False) -> tuple[P
     folding.unfold(model)
     record = {"method": "unfold", "fields": {}, "seed": None, "record": {"stored_blocks_before": groups}}
     writing.save(model, tokenizer, out, parent=path, record=record, force=force)
-    return out, source.bytes, reading.inspect(out).bytes
+    return out, source.bytes, inspect(out).bytes

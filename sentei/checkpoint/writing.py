@@ -23,6 +23,7 @@ from torch import Tensor
 import sentei
 from sentei import remote, structure
 from sentei.checkpoint import card, folded, forms, reading, zeros
+from sentei.checkpoint.source import Source, inspect
 from sentei.remote import reload
 from sentei.train import evaluating
 
@@ -69,7 +70,7 @@ def save(
         ValueError: `out` exists, the shape cannot hold the model, the disk is full, or the reloaded model differs.
     """
     out = check_output(out, parent=parent, force=force)
-    source = reading.inspect(parent, trust_remote_code=True)  # its code is not run here
+    source = inspect(parent, trust_remote_code=True)  # its code is not run here
     dtype = dtype or source.dtype
     stock = shape in zeros.SHAPES
     if stock:
@@ -118,7 +119,7 @@ def unpack(gguf: str | Path, out: str | Path, *, force: bool = False) -> Path:
         ValueError: not a readable GGUF of a known architecture, or `out` exists.
     """
     out = check_output(out, parent=gguf, force=force)
-    source = reading.inspect(gguf)
+    source = inspect(gguf)
     model, tokenizer = reading.load(gguf, dtype=source.dtype, device="cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -190,7 +191,7 @@ def _write_model(
 
 def _account(
     model: Any,
-    source: reading.Source,
+    source: Source,
     parent: str | Path,
     record: dict[str, Any],
     written: forms.Form,

@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor
 
 from sentei.checkpoint import sparse
-from sentei.checkpoint.reading import Source, load
+from sentei.checkpoint.reading import load
+from sentei.checkpoint.source import Source
 
 SHAPES = ("sparse", "dense")
 
