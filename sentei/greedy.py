@@ -54,12 +54,15 @@ def greedy(
     order: list[dict[str, float]] = []
     while (gone := units.removed_parameters(keep_U)) < remove:
         candidates = (keep_U & may_go_U).nonzero().flatten().tolist()
-        losses = _changed(model, units, keep_U, candidates, blocks_NT, loss, batch_size)
+
+        def say(done: int, gone: int = gone) -> None:
+            if tick is not None:
+                tick("trying blocks", gone + done, remove + len(units))
+
+        losses = _changed(model, units, keep_U, candidates, blocks_NT, loss, batch_size, say)
         worst = min(losses, key=lambda unit: losses[unit])
         keep_U[worst] = False
         order.append({"unit": worst, "loss": losses[worst]})
-        if tick is not None:
-            tick("trying blocks", min(gone + int(units.cost_U[worst]), remove), remove)
     return keep_U, order
 
 
@@ -101,13 +104,13 @@ def exchange(
         if not losses:
             break
         back = min(losses, key=lambda unit: losses[unit])
-        del losses[back]
+        without = losses.pop(back)
         other_U = keep_U.clone()
         other_U[back] = True
         other_U, order = greedy(
             model, units, blocks_NT, loss, remove, keep_U=other_U, protected_U=protected_U, batch_size=batch_size
         )
-        found = order[-1]["loss"] if order else best  # without it too little is gone, unless units differ in size
+        found = order[-1]["loss"] if order else without  # more was gone than had to be
         log.append({"back": back, "dropped": [entry["unit"] for entry in order], "loss": found, "kept": found < best})
         if found < best:
             keep_U, best, fresh = other_U, found, False
@@ -124,19 +127,21 @@ def _changed(
     blocks_NT: Tensor,
     loss: Loss,
     batch_size: int,
+    say: Callable[[int], None] = lambda done: None,
 ) -> dict[int, float]:
     """Loss with each of the candidates, in order of depth, changed alone: dropped if it is kept now, else brought back.
 
-    Leaves `keep_U` as it was.
+    Leaves `keep_U` as it was; `say` is told how many of a batch are done.
     """
     totals = dict.fromkeys(candidates, 0.0)
     for number, ids_BT in enumerate(blocks_NT.split(batch_size)):
         with masks.masked(model, units, keep_U):
             inputs = masks.layer_inputs(model, lambda n=number, ids=ids_BT: loss(model, ids, n))
-        for unit in candidates:
+        for done, unit in enumerate(candidates):
             layer = int(units.layer_U[unit])
             keep_U[unit] = not keep_U[unit]
             with masks.masked(model, units, keep_U), masks.starting_at(model, layer, inputs[layer]):
                 totals[unit] += float(loss(model, ids_BT, number)) * len(ids_BT)
             keep_U[unit] = not keep_U[unit]
+            say(done)
     return {unit: total / len(blocks_NT) for unit, total in totals.items()}

@@ -83,9 +83,8 @@ def test_exchange_ends_where_no_swap_helps(granularity):
         assert torch.equal(start, before) and units.removed_parameters(keep) >= target
         assert log[0]["loss"] == pytest.approx(plain_loss(model, units, start), abs=1e-6)
         kept = [entry["loss"] for entry in log if entry.get("kept", True)]
-        assert kept == sorted(kept, reverse=True) and kept[-1] == pytest.approx(
-            plain_loss(model, units, keep), abs=1e-6
-        )
+        assert kept == sorted(kept, reverse=True)
+        assert kept[-1] == pytest.approx(plain_loss(model, units, keep), abs=1e-6)
         scored.append((log[0]["loss"], kept[-1]))
         for back in (~keep).nonzero().flatten().tolist():  # of equal size, so that a swap is one for one
             for out in keep.nonzero().flatten().tolist():
@@ -94,6 +93,26 @@ def test_exchange_ends_where_no_swap_helps(granularity):
                     other[back], other[out] = True, False
                     assert plain_loss(model, units, other) > kept[-1] - 1e-6
     assert any(after < first for first, after in scored)
+
+
+def test_what_need_not_have_gone_comes_back():
+    model = tiny_model("llama")
+    units = structure.units(model, "layers")
+    start = torch.tensor([True, False, False, False])
+    alone = {unit: start.clone().index_fill(0, torch.tensor(unit), True) for unit in (1, 2, 3)}
+    losses = {unit: plain_loss(model, units, keep) for unit, keep in alone.items()}
+    best = min(losses, key=lambda unit: losses[unit])
+    keep, log = exchange(model, units, BLOCKS, loss, units.total // 2, start, trials=1, batch_size=2)
+    assert log[1]["back"] == best and log[1]["dropped"] == [] and log[1]["loss"] == losses[best]
+    assert log[1]["kept"] == (losses[best] < log[0]["loss"])
+    assert torch.equal(keep, alone[best] if log[1]["kept"] else start)
+
+
+def test_a_tick_for_every_candidate():
+    model = tiny_model("llama")
+    units, ticks = structure.units(model, "layers"), []
+    greedy(model, units, BLOCKS, loss, 1, batch_size=8, tick=lambda *seen: ticks.append(seen))
+    assert ticks == [("trying blocks", done, 1 + len(units)) for done in range(len(units))]
 
 
 def test_exchange_keeps_what_is_protected_and_no_trial_is_no_change():
