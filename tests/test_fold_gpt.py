@@ -162,7 +162,7 @@ def test_what_the_first_score_drops_is_exchanged(words, text):
         first, start, other = account["scores"]
         assert [first["score"], start["score"], other["score"]] == ["random, exchanged", "random", "taylor"]
         assert first["dropped"] == str(int((~keep).nonzero())) and first["overlap"] == 1
-        assert first["tokens"] > 0 == start["tokens"]
+        assert first["tokens"] > 0 == start["tokens"] and first["seconds"] > start["seconds"]
         with masks.masked(model, run.units, keep):
             found = run.mean_loss(run.calibration)
         losses = [entry["loss"] for entry in account["exchange"] if entry.get("kept", True)]

@@ -44,8 +44,7 @@ def choose(run: FoldRun) -> tuple[Tensor, dict[str, Any]]:
     account: dict[str, Any] = {}
     dense_loss = run.mean_loss(run.held, method.batch_size)
 
-    def judge(name: str, keep_U: Tensor, tokens: int, began: float) -> None:
-        seconds = time.monotonic() - began
+    def judge(name: str, keep_U: Tensor, tokens: int, seconds: float) -> None:
         with masks.masked(run.model, units, keep_U):
             loss = run.mean_loss(run.held, method.batch_size)
         gone = ~keep_U
@@ -68,14 +67,16 @@ def choose(run: FoldRun) -> tuple[Tensor, dict[str, Any]]:
     for name in method.score:
         began = time.monotonic()
         keep_U, score_U, tokens, more = _rank(name, run, target)
+        seconds = time.monotonic() - began
         account |= more
         ranks.append(score_U)
         if len(ranks) == 1:
             chosen_U = keep_U
             if method.exchange:
                 chosen_U, passes, account["exchange"] = _exchanged(run, keep_U, target)
-                judge(f"{name}, exchanged", chosen_U, tokens + int(passes * run.calibration.numel()), began)
-        judge(name, keep_U, tokens, began)
+                passed = tokens + int(passes * run.calibration.numel())
+                judge(f"{name}, exchanged", chosen_U, passed, time.monotonic() - began)
+        judge(name, keep_U, tokens, seconds)
     return chosen_U, account | {"scores": rows}
 
 
