@@ -134,7 +134,7 @@ def shared_text(run: Any) -> dict[str, torch.Tensor]:
 
 def shared_states(work: Path, method: FoldGPT) -> dict[str, Path]:
     """Where trained gates and measured windows wait for the next row that would make the same ones."""
-    removed = f"{method.score[0]}-{method.sparsity:.3f}-{method.seed}"
+    removed = f"{method.score[0]}-{method.sparsity:g}-{method.seed}"
     windows = f"{removed}-{method.exchange}" if method.sparsity else f"none-{method.seed}"
     return {
         "gates.pt": work / f"gates-{removed}.pt",

@@ -20,14 +20,12 @@ from sentei.importance.compensation import (
     mean_fill,
     refit,
     refit_tokens,
-    takes_correction,
 )
-from sentei.importance.replay import Moments, Replay, Tick, moments, no_tick, watching
+from sentei.importance.replay import Moments, Replay, Tick
 from sentei.importance.scores import (
     block_influence,
     flap,
     magnitude,
-    per_unit,
     standardised,
     taylor,
     wanda,
@@ -43,14 +41,9 @@ __all__ = [
     "magnitude",
     "mean_bias",
     "mean_fill",
-    "moments",
-    "no_tick",
-    "per_unit",
     "refit",
     "refit_tokens",
     "standardised",
-    "takes_correction",
     "taylor",
     "wanda",
-    "watching",
 ]

@@ -151,15 +151,10 @@ class FoldGPT(Structural):
         for name in positive:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        for name in (
-            "exchange",
-            "protect_first",
-            "protect_last",
-            "lora_rank",
-            "heal_steps",
-            "tail_layers",
-            "hidden_weight",
-        ):
+        not_below_0 = (
+            "exchange", "protect_first", "protect_last", "lora_rank", "heal_steps", "tail_layers", "hidden_weight",
+        )  # fmt: skip
+        for name in not_below_0:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
         if not 0 < self.gate_init < 1:

@@ -29,7 +29,7 @@ Group = dict[str, Any]
 """{"members": [4, 5], "owner": 4 (-1: an average), "starts": {"5": {"norms", "low_rank", "scale", "factor"}}, "kl":
 after it}."""
 
-FACTORS = (0.5, 0.0)  # of a member's output scales, beside 1
+FACTORS = (0.5, 0.0)  # of a member's output scales, beside 1; 0 last, for nothing can be made of it
 
 
 class _Stop(Exception):
@@ -139,11 +139,9 @@ class Folder:
                         kl, choice[what] = other, True
                     else:
                         self._put_back(number, before)
-            best = self._corrections(number)
             for factor in FACTORS if self.scale else ():
                 before = self._corrections(number)
-                self._put_back(number, best)
-                self._multiply(number, factor)
+                self._multiply(number, factor / choice["factor"])
                 if (other := self._kl(start, inputs)) < kl:
                     kl, choice["factor"] = other, factor
                 else:
