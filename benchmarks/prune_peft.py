@@ -34,6 +34,7 @@ from sentei.adapters import Unit
 from sentei.data import examples
 from sentei.methods.prune_peft import CRITERIA, PrunePEFT, planning, tasks
 from sentei.methods.prune_peft.training import Bench
+from sentei.recipe import find_model
 
 SHARED = "../shared/data"
 GLUE = f"{SHARED}/glue"
@@ -88,7 +89,7 @@ def main() -> None:
                 save_every=1_000_000,
             )  # fmt: skip
             rows = read(name, args)
-            model, tokenizer = checkpoint.load(args.model, **base.head(rows))
+            model, tokenizer = checkpoint.load(find_model(args.model), **base.head(rows))
             for configuration in wanted:
                 key = f"{name}: {configuration}"
                 if key not in table["lr"]:

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 
 from sentei import data, masks, methods, recipe, structure
+from sentei.structure import families
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(), re.DOTALL)
 
@@ -38,8 +39,8 @@ def test_add_a_method(monkeypatch, words):
 def test_add_an_architecture(monkeypatch, tokens):
     with pytest.raises(ValueError, match="granite"):
         structure.family("granite")
-    monkeypatch.setattr(structure, "FAMILIES", dict(structure.FAMILIES))
-    exec(code('FAMILIES["granite"]'), {"FAMILIES": structure.FAMILIES})
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    exec(code('FAMILIES["granite"]'), {"FAMILIES": families.FAMILIES})
     model = tiny_model("granite", head_dim=4)
     units = structure.units(model)
     keep = torch.rand(len(units), generator=torch.Generator().manual_seed(0)) < 0.6
