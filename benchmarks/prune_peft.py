@@ -5,10 +5,10 @@
 
 All configurations see the same rows in the same order for the same number of steps. All searches remove as many units
 per round after as many steps, so that they differ in who judges alone; only "as planned" follows the method's own plan,
-which keeps to max_search_ratio and may drop the warm-up. The budget ("at B") is half of
-the smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows,
-which nothing was chosen on; with --grid each configuration's learning rate is chosen on validation rows with the first
-seed. Rows are appended as they are made; a second run makes the missing ones.
+which keeps to max_search_ratio and may drop the warm-up. The budget ("at B") is half of the smaller of LoRA everywhere
+and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows, which nothing was chosen on;
+with --grid each configuration's learning rate is chosen on validation rows with the first seed, without it --lr is that
+of all rows of a run; each row says its own. Rows are appended as they are made; a second run makes the missing ones.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ TASKS: dict[str, tuple[Any, str, str | None, str, str]] = {
 }  # fmt: skip
 DEFAULT_TASKS = ("cola", "sst2", "mrpc", "stsb", "subj", "boolq", "pubmedqa")
 FULL, LORA, ADAPTERS = "full fine-tuning", "LoRA everywhere", "adapters everywhere"
+LADDER = (2, 4, 8, 16, 32)  # ranks of which each layer keeps the lowest few
 REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
 
 Made = tuple[Any, Bench, dict[str, Any]]
@@ -74,7 +75,7 @@ def main() -> None:
     if printed(args, markdown):
         return
     out = Path(args.out)
-    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
+    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "precision")  # each row has its rate
     settings = {name: getattr(args, name) for name in names} | {"model": args.name or Path(args.model).name}
     table = resumed(out, {"settings": settings}, rows=[], lr={}) | made_on()
     made = {(row["task"], row["configuration"], row["seed"]) for row in table["rows"]}
@@ -246,6 +247,8 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     "warm-up at B, on 5 % of the rows": searched(assignment="warmup", search_fraction=0.05),
     "warm-up at B, on all rows": searched(assignment="warmup", search_fraction=1.0),
     "prune_peft at B, as planned": searched(planned=True),
+    "ladder of ranks at B, as planned": searched(planned=True, rank_choices=LADDER),
+    "random removal of ranks at B": searched(planned=True, rank_choices=LADDER, assignment="random"),
     "prune_peft, LoRA only at B": searched(kinds=("lora",)),
     "prune_peft, adapters only at B": searched(kinds=("adapter",)),
 }

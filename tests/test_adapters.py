@@ -58,7 +58,7 @@ def test_pre_norm_by_hand():
     norm = nn.Identity()
     adapter = Bottleneck(host, 2, 1, 0.0, None, True)
     by_hand(adapter)
-    norm.register_forward_pre_hook(adapters._KeepResidual(adapter))
+    norm.register_forward_pre_hook(adapters.bottleneck.KeepResidual(adapter))
     x = torch.tensor([[[1.0, 1.0]]])
     norm(x)
     h = torch.tensor([[[2.0, 0.0]]])

@@ -134,7 +134,7 @@ def test_a_step_that_is_not_finite_leaves_nothing(tokens):
                 recorder.gradients()
                 wrong.grad = None
                 for unit in units:
-                    adapters._initialise(model, unit, "hub", 0)
+                    adapters.injection.initialise(model, unit, "hub", 0)
             with torch.no_grad():
                 model(input_ids=ids)
             recorder.gradients()
@@ -144,7 +144,7 @@ def test_a_step_that_is_not_finite_leaves_nothing(tokens):
         return found
 
     for unit in units:
-        adapters._initialise(model, unit, "hub", 0)
+        adapters.injection.initialise(model, unit, "hub", 0)
     clean = measured(False)
     assert measured(True) == clean and all(math.isfinite(value) for value in clean.values())
 
@@ -238,7 +238,7 @@ def lora_into(model, units):
 
     inject_adapter_in_model(adapters.lora_config(units, 1.0, 0.0), model)
     for unit in units:
-        adapters._initialise(model, unit, "zero", 0)
+        adapters.injection.initialise(model, unit, "zero", 0)
 
 
 # --- null tests ---------------------------------------------------------------------------------
