@@ -1,38 +1,68 @@
-"""Writes the "Measured" section of README.md from results/*.json: `python benchmarks/readme.py`."""
+"""Writes results/README.md, all tables of results/*.json, and the short "Measured" section of the project's README.md.
+
+python benchmarks/readme.py
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import estimators
 import fold
 import ingredients
+import prune_peft
 from peers import markdown
+from tables import spread
 
 ROOT = Path(__file__).parents[1]
 SECTION = re.compile(r"<!-- results -->.*<!-- /results -->", re.DOTALL)
+HEAD = """# Results
+
+Written by `python benchmarks/readme.py` from the JSON files beside this page. What the figures say, and what they do
+not, is in the project's [README](../README.md); how they came about, in [LOG.md](../LOG.md).
+
+"""
+Write = Callable[[dict[str, Any]], str]
 
 
 def main() -> None:
-    parts = []
-    for name, write in (
-        ("demo", demo),
-        ("peers-smollm2", peers),
-        ("peers-smollm2-mha", peers),
-        ("ingredients-smollm2", parts_of_the_search),
-        ("estimators-smollm2", ways),
-        ("search-cost", search),
-        ("fold-smollm2", depth),
-    ):
-        file = ROOT / "results" / f"{name}.json"
-        if file.exists():
-            parts.append(write(json.loads(file.read_text())))
+    short = tables(
+        {
+            "demo": demo,
+            "peers-smollm2": best,
+            "peers-smollm2-mha": best,
+            "fold-smollm2": best_depth,
+            "prune-peft-minilm": best_units,
+        }
+    )
+    whole = tables(
+        {
+            "demo": demo,
+            "peers-smollm2": peers,
+            "peers-smollm2-mha": peers,
+            "ingredients-smollm2": parts_of_the_search,
+            "estimators-smollm2": ways,
+            "search-cost": search,
+            "fold-smollm2": depth,
+            "prune-peft-minilm": units,
+        }
+    )
     readme = ROOT / "README.md"
-    section = "<!-- results -->\n" + "\n".join(parts) + "<!-- /results -->"
+    more = "All rows, seeds and settings: [results/README.md](results/README.md).\n"
+    section = f"<!-- results -->\n{short}\n{more}<!-- /results -->"
     readme.write_text(SECTION.sub(lambda _: section, readme.read_text()))
+    (ROOT / "results" / "README.md").write_text(HEAD + whole)
+
+
+def tables(parts: dict[str, Write]) -> str:
+    """Those that have been measured."""
+    files = {name: ROOT / "results" / f"{name}.json" for name in parts}
+    return "\n".join(parts[name](json.loads(file.read_text())) for name, file in files.items() if file.exists())
 
 
 def demo(result: dict[str, Any]) -> str:
@@ -58,6 +88,67 @@ def demo(result: dict[str, Any]) -> str:
     )
 
 
+def best(table: dict[str, Any]) -> str:
+    """Policy gradient and the best of all others at each budget, before and after healing."""
+    lines = [
+        f"**Policy gradient and the best of eight other rows at equal parameters**, {table['model']}; perplexity on "
+        "WikiText-2 test at 128, before and after the same sixteen steps of healing:",
+        "",
+        "| removed of layers | policy gradient | best other | healed: policy gradient | healed: best other |",
+        "|---|---|---|---|---|",
+    ]
+    for sparsity in sorted({row["sparsity"] for row in table["rows"] if row["sparsity"]}):
+        cells = []
+        for healed in (False, True):
+            found: dict[str, list[float]] = {}
+            for row in table["rows"]:
+                if (row["sparsity"], row["healed"]) == (sparsity, healed):
+                    found.setdefault(row["method"], []).append(row["perplexity"]["128"]["value"])
+            for ours in (True, False):
+                means = {m: statistics.mean(v) for m, v in found.items() if m.startswith("policy gradient") == ours}
+                method = min(means, key=lambda name: means[name])
+                named = "" if method == "policy gradient" else f" ({method.removeprefix('policy gradient, ')})"
+                cells.append(f"{spread(found[method])}{named}")
+        lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def best_depth(table: dict[str, Any]) -> str:
+    """Healed perplexity of whole blocks removed, shared and both."""
+    shown = {
+        "removed by Block Influence": ["remove: block influence"],
+        "greedily": ["remove: greedy"],
+        "by exchange": ["remove: gates, exchanged", "remove: block influence, exchanged"],
+        "half removed, half shared": ["block influence + fold, half and half"],
+        "shared": ["fold"],
+    }
+    lines = [
+        f"**Blocks removed or shared at equal stored parameters**, {table['model']}; perplexity on WikiText-2 test at "
+        "128 after 32 steps of healing (in brackets before it):",
+        "",
+        f"| stored of blocks | {' | '.join(shown)} |",
+        "|---|" + "---|" * len(shown),
+    ]
+    for stored in sorted({row["stored"] for row in table["rows"] if row["stored"] < 1}, reverse=True):
+        cells = []
+        for names in shown.values():
+            rows = [row for row in table["rows"] if row["stored"] == stored and row["row"] in names]
+            sides = [[r["perplexity"]["128"]["value"] for r in rows if r["healed"] == after] for after in (True, False)]
+            cells.append(
+                " ".join(text.format(min(v)) for text, v in zip(("{:.1f}", "({:.1f})"), sides, strict=True) if v)
+            )
+        lines.append(f"| {stored:.1%} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def best_units(table: dict[str, Any]) -> str:
+    return (
+        "**PEFT configurations, searched and fixed.** "
+        + prune_peft.markdown(table).partition("\n\nDifferences")[0]
+        + "\n"
+    )
+
+
 def peers(table: dict[str, Any]) -> str:
     return "**All methods at equal parameters.** " + markdown(table)
 
@@ -72,6 +163,10 @@ def ways(table: dict[str, Any]) -> str:
 
 def depth(table: dict[str, Any]) -> str:
     return "**Blocks removed, shared, or both, at equal stored parameters.** " + fold.markdown(table)
+
+
+def units(table: dict[str, Any]) -> str:
+    return "**PEFT configurations, searched and fixed.** " + prune_peft.markdown(table) + "\n"
 
 
 def search(result: dict[str, Any]) -> str:
