@@ -55,14 +55,16 @@ def main() -> None:
     readme = ROOT / "README.md"
     more = "All rows, seeds and settings: [results/README.md](results/README.md).\n"
     section = f"<!-- results -->\n{short}\n{more}<!-- /results -->"
-    readme.write_text(SECTION.sub(lambda _: section, readme.read_text()))
-    (ROOT / "results" / "README.md").write_text(HEAD + whole)
+    readme.write_text(SECTION.sub(lambda _: section, readme.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "results" / "README.md").write_text(HEAD + whole, encoding="utf-8")
 
 
 def tables(parts: dict[str, Write]) -> str:
     """Those that have been measured."""
     files = {name: ROOT / "results" / f"{name}.json" for name in parts}
-    return "\n".join(parts[name](json.loads(file.read_text())) for name, file in files.items() if file.exists())
+    return "\n".join(
+        parts[name](json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items() if file.exists()
+    )
 
 
 def demo(result: dict[str, Any]) -> str:
