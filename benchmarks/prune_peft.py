@@ -5,7 +5,8 @@
 
 All configurations see the same rows in the same order for the same number of steps. All searches remove as many units
 per round after as many steps, so that they differ in who judges alone; only "as planned" follows the method's own plan,
-which keeps to max_search_ratio and may drop the warm-up. The budget ("at B") is half of the smaller of LoRA everywhere
+which keeps to max_search_ratio and may drop the warm-up. Units are the paper's, a layer's LoRA of one rank; those of
+the method's default are in "ladder of ranks". The budget ("at B") is half of the smaller of LoRA everywhere
 and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows, which nothing was chosen on;
 with --grid each configuration's learning rate is chosen on validation rows with the first seed, without it --lr is that
 of all rows of a run; each row says its own. Rows are appended as they are made; a second run makes the missing ones.
@@ -64,7 +65,6 @@ TASKS: dict[str, tuple[Any, str, str | None, str, str]] = {
 }  # fmt: skip
 DEFAULT_TASKS = ("cola", "sst2", "mrpc", "stsb", "subj", "boolq", "pubmedqa")
 FULL, LORA, ADAPTERS = "full fine-tuning", "LoRA everywhere", "adapters everywhere"
-LADDER = (2, 4, 8, 16, 32)  # ranks of which each layer keeps the lowest few
 REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
 
 Made = tuple[Any, Bench, dict[str, Any]]
@@ -91,6 +91,7 @@ def main() -> None:
             )  # fmt: skip
             rows = read(name, args)
             model, tokenizer = checkpoint.load(find_model(args.model), **base.head(rows))
+            base = replace(base, lora_r=base.ranks(model)[-1])
             for configuration in wanted:
                 key = f"{name}: {configuration}"
                 if key not in table["lr"]:
@@ -247,8 +248,8 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     "warm-up at B, on 5 % of the rows": searched(assignment="warmup", search_fraction=0.05),
     "warm-up at B, on all rows": searched(assignment="warmup", search_fraction=1.0),
     "prune_peft at B, as planned": searched(planned=True),
-    "ladder of ranks at B, as planned": searched(planned=True, rank_choices=LADDER),
-    "random removal of ranks at B": searched(planned=True, rank_choices=LADDER, assignment="random"),
+    "ladder of ranks at B, as planned": searched(planned=True, lora_r=None),
+    "random removal of ranks at B": searched(planned=True, lora_r=None, assignment="random"),
     "prune_peft, LoRA only at B": searched(kinds=("lora",)),
     "prune_peft, adapters only at B": searched(kinds=("adapter",)),
 }

@@ -44,10 +44,10 @@ def test_markdown(table):
 
 def test_a_file_of_other_settings_is_refused(table, tmp_path, monkeypatch):
     out = tmp_path / "t.json"
-    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "lr", "full_lr", "precision")
+    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "precision")
     monkeypatch.setattr(sys, "argv", ["prune_peft.py", "--model", "toy", "--out", str(out)])
     settings = {name: getattr(table.arguments(), name) for name in names} | {"model": "toy"}
-    for name, other in (("model", "another"), ("lr", 0.5), ("full_lr", 0.5), ("precision", "bf16")):
+    for name, other in (("model", "another"), ("epochs", 0.5), ("grid", [0.5]), ("precision", "bf16")):
         out.write_text(json.dumps({"rows": [{}], "settings": settings | {name: other}, "lr": {}}))
         there = re.escape(f"other settings ({name} {other!r} there, ")
         with pytest.raises(SystemExit, match=f"{there}.* here\\); give another --out"):
@@ -57,7 +57,7 @@ def test_a_file_of_other_settings_is_refused(table, tmp_path, monkeypatch):
 def test_searches_differ_in_nothing_but_the_search(table):
     model = tiny_model("bert", num_hidden_layers=6)
     for kinds in (("lora", "adapter"), ("lora",)):
-        method = PrunePEFT(kinds=kinds)
+        method = PrunePEFT(kinds=kinds, lora_r=32)
         assert table.same_rounds(method, model) == {"steps_per_round": 16, "units_per_round": 2}
     assert set(table.DEFAULT_TASKS) <= set(table.TASKS) and len(table.DEFAULT_TASKS) >= 6
 

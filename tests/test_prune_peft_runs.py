@@ -138,6 +138,18 @@ def test_a_search_over_ranks(assignment, rows, words, tmp_path):
         PrunePEFT(rank_choices=(2, 4), lora_r=4)
 
 
+@pytest.mark.parametrize("family, ends, alpha", [("bert", [2, 4, 8, 16, 32], 32), ("llama", [2, 4, 8], 16)])
+def test_ranks_to_choose_from_unless_one_is_given(family, ends, alpha):
+    model = tiny_model(family)
+    one = [unit for unit in PrunePEFT(lora_r=8).space(model) if unit.is_lora]
+    several = [unit for unit in PrunePEFT().space(model) if unit.is_lora]
+    assert [unit.id for unit in one if unit.layer == 0] == ["lora.L0"]
+    assert [unit.rank for unit in several if unit.layer == 0] == ends
+    assert PrunePEFT().alpha_per_rank(model) == PrunePEFT(rank_choices=(1, 4)).alpha_per_rank(model) == alpha / ends[-1]
+    assert PrunePEFT(lora_alpha=4).alpha_per_rank(model) == 4 / ends[-1]
+    assert PrunePEFT(lora_r=4).alpha_per_rank(model) == alpha / 4
+
+
 def test_seconds_of_a_search_are_all_of_it(rows, words, tmp_path, monkeypatch):
     """Injection and the watched metric too; tokenising belongs to no training."""
     slow = {"put": 0.05, "score": 0.05}

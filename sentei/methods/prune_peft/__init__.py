@@ -52,10 +52,13 @@ class PrunePEFT:
     kinds: tuple[str, ...] = option(("lora", "adapter"), "what is searched: lora, adapter", "2.2")
     lora_targets: tuple[str, ...] = option(("q", "v"), f"linears with LoRA: {', '.join(adapters.ROLES)}", "2.2")
     lora_split: bool = option(False, "each linear a unit of its own, in place of one LoRA unit a layer", "[ours]")
-    lora_r: int | None = option(None, "rank; default 32 for encoders, 8 for decoders", "released code")
+    lora_r: int | None = option(
+        None, "one rank, so that a layer's LoRA stays or goes whole, as in the paper: 32 for encoders, 8 for decoders"
+    )
     rank_choices: tuple[int, ...] | None = option(
         None,
-        "ranks to choose from, such as 8,16,32: each layer's LoRA goes down from the last to the first, then out",
+        "ranks to choose from: each layer's LoRA goes down from the last to the first, then out; without lora_r "
+        "2,4,8,16,32 for encoders, 2,4,8 for decoders",
         "[ours]",
     )
     lora_alpha: int | None = option(None, "default 32 for encoders, 16 for decoders", "released code")
@@ -167,16 +170,22 @@ class PrunePEFT:
             kinds=self.kinds,
             targets=self.lora_targets,
             split=self.lora_split,
-            rank=self.rank_choices or self.lora_r or (8 if decoder else 32),
+            rank=self.ranks(model),
             width=self.adapter_width or (32 if decoder else max(1, hidden // 8)),
         )
+
+    def ranks(self, model: Any) -> tuple[int, ...]:
+        """Where the slices of a layer's LoRA end."""
+        if self.lora_r:
+            return (self.lora_r,)
+        return self.rank_choices or ((2, 4, 8) if structure.is_causal(model) else (2, 4, 8, 16, 32))
 
     def alpha_per_rank(self, model: Any) -> float:
         """LoRA's scale, alpha / rank; the same for all rank_choices, of which lora_alpha belongs to the last."""
         usual_rank, usual_alpha = (8, 16) if structure.is_causal(model) else (32, 32)
-        if self.rank_choices:
-            return self.lora_alpha / self.rank_choices[-1] if self.lora_alpha else usual_alpha / usual_rank
-        return (self.lora_alpha or usual_alpha) / (self.lora_r or usual_rank)
+        if self.lora_r or self.lora_alpha:
+            return (self.lora_alpha or usual_alpha) / self.ranks(model)[-1]
+        return usual_alpha / usual_rank
 
     def pages(self, record: dict[str, Any]) -> dict[str, str]:
         """Text files that go beside the adapter."""
