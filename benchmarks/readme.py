@@ -120,6 +120,7 @@ def best_depth(table: dict[str, Any]) -> str:
     shown = {
         "removed by Block Influence": ["remove: block influence"],
         "greedily": ["remove: greedy"],
+        "by gates": ["remove: gates"],
         "by exchange": ["remove: gates, exchanged", "remove: block influence, exchanged"],
         "half removed, half shared": ["block influence + fold, half and half"],
         "shared": ["fold"],
