@@ -1,6 +1,6 @@
 """Writes results/README.md, all tables of results/*.json, and the short "Measured" section of the project's README.md.
 
-python benchmarks/readme.py
+    python benchmarks/readme.py
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def best_depth(table: dict[str, Any]) -> str:
 
 def best_units(table: dict[str, Any]) -> str:
     return (
-        "**PEFT configurations, searched and fixed.** "
+        "**PEFT configurations, searched and fixed** (at B: within half of the parameters of adapters everywhere). "
         + prune_peft.markdown(table).partition("\n\nDifferences")[0]
         + "\n"
     )
