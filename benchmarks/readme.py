@@ -1,6 +1,6 @@
 """Writes results/README.md, all tables of results/*.json, and the short "Measured" section of the project's README.md.
 
-    python benchmarks/readme.py
+python benchmarks/readme.py
 """
 
 from __future__ import annotations
