@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import atp
 import estimators
 import fold
 import ingredients
+import prune_once
 import prune_peft
 from peers import markdown
 from tables import spread
@@ -37,6 +39,8 @@ def main() -> None:
             "peers-smollm2": best,
             "peers-smollm2-mha": best,
             "fold-smollm2": best_depth,
+            "prune-once-minilm": best_sparse,
+            "atp-legalbench": best_domain,
             "prune-peft-minilm": best_units,
         }
     )
@@ -49,6 +53,8 @@ def main() -> None:
             "estimators-smollm2": ways,
             "search-cost": search,
             "fold-smollm2": depth,
+            "prune-once-minilm": sparse,
+            "atp-legalbench": domain,
             "prune-peft-minilm": units,
         }
     )
@@ -144,6 +150,32 @@ def best_depth(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def best_sparse(table: dict[str, Any]) -> str:
+    return (
+        "**One sparse pre-trained encoder for all tasks, and its rivals.** "
+        + prune_once.markdown(table).partition("\n\nBytes on disk")[0]
+        + "\n"
+    )
+
+
+def best_domain(table: dict[str, Any]) -> str:
+    """Scores of each method at each sparsity, and the perplexity of the domain's text."""
+    rows, names = table["rows"], list(atp.headline(table["rows"][0]))
+    lines = [
+        f"**Tuned and cut for a domain**, {table['model']['name']}, {table['data']['name']}: {table['data']['test']} "
+        f"test rows; {table['settings']['steps']} LoRA steps each, of the same rank on the same rows:",
+        "",
+        f"| removed of prunable | method | {' | '.join(names)} | domain perplexity |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for sparsity, method in dict.fromkeys((row["sparsity"], row["method"]) for row in rows):
+        found = [row for row in rows if (row["sparsity"], row["method"]) == (sparsity, method)]
+        cells = [spread([atp.headline(row)[name] for row in found], 3) for name in names]
+        cells.append(spread([row["scores"]["perplexity_full"]["perplexity"] for row in found], 2))
+        lines.append(f"| {sparsity:.0%} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def best_units(table: dict[str, Any]) -> str:
     return (
         "**PEFT configurations, searched and fixed** (at B: within half of the parameters of adapters everywhere). "
@@ -166,6 +198,14 @@ def ways(table: dict[str, Any]) -> str:
 
 def depth(table: dict[str, Any]) -> str:
     return "**Blocks removed, shared, or both, at equal stored parameters.** " + fold.markdown(table)
+
+
+def sparse(table: dict[str, Any]) -> str:
+    return "**One sparse pre-trained encoder for all tasks, and its rivals.** " + prune_once.markdown(table) + "\n"
+
+
+def domain(table: dict[str, Any]) -> str:
+    return "**Tuned and cut for a domain.** " + atp.markdown(table)
 
 
 def units(table: dict[str, Any]) -> str:

@@ -186,7 +186,8 @@ class _HeadLoss(torch.autograd.Function):
     """LM head and both losses over chunks of tokens; the gradients are made in the forward pass and only scaled later.
 
     With p = softmax(z), p_t = softmax(z / t) and q_t = softmax(teacher / t), the gradient with respect to the logits z
-    is ce_weight (p - onehot) + kl_weight t (p_t - q_t), over the number of targets.
+    is ce_weight (p - onehot) + kl_weight t (p_t - q_t), over the number of targets. Logits become exponentials and then
+    slopes in the same memory: a fresh tensor of this size costs more time than what is computed into it.
     """
 
     @staticmethod
@@ -215,28 +216,29 @@ class _HeadLoss(torch.autograd.Function):
             hidden_nH = hidden_NH[rows].detach().requires_grad_(differentiate)
             with torch.enable_grad() if differentiate else contextlib.nullcontext():
                 logits_nV = student(hidden_nH)
-            z_nV = logits_nV.detach().float()
-            log_p_nV = z_nV.log_softmax(-1)
+            z_nV = below_zero_(logits_nV.detach().float())
             asked_n1 = asked_N[rows, None]
             target_n1 = torch.where(asked_n1, targets_N[rows, None], 0)
-            ce -= log_p_nV.gather(1, target_n1)[asked_n1].sum() * ce_share
+            picked_n1 = z_nV.gather(1, target_n1)
+            softened_nV = z_nV / t if teacher is not None else None
+            total_n1 = z_nV.exp_().sum(-1, keepdim=True)
+            ce -= (picked_n1 - total_n1.log())[asked_n1].sum() * ce_share
             if teacher is None and grad_NH is None:
                 continue
-            p_nV = log_p_nV.exp()
-            weight_n1 = asked_n1 * (weights.ce_weight * ce_share)
-            slope_nV = p_nV * weight_n1
-            slope_nV.scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
+            weight_n1 = asked_n1 * (weights.ce_weight * ce_share / count)
+            slope_nV = z_nV.mul_(weight_n1 / total_n1).scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
             if teacher is not None:
-                assert teacher_NH is not None
-                log_q_nV = (teacher(teacher_NH[rows]).float() / t).log_softmax(-1)
-                if t != 1:
-                    log_p_nV = (z_nV / t).log_softmax(-1)
-                    p_nV = log_p_nV.exp()
-                q_nV = log_q_nV.exp()
-                divergence += torch.dot(q_nV.flatten(), log_q_nV.sub_(log_p_nV).flatten()) * t**2
-                slope_nV.add_(p_nV.sub_(q_nV), alpha=kl_weight * t)
+                assert teacher_NH is not None and softened_nV is not None
+                wanted_nV = below_zero_(teacher(teacher_NH[rows]).float()).div_(t)
+                q_nV = wanted_nV.exp()
+                total_q_n1 = q_nV.sum(-1, keepdim=True)
+                q_nV.div_(total_q_n1)
+                divergence += torch.dot(q_nV.flatten(), wanted_nV.sub_(softened_nV).flatten()) * t**2
+                total_n1 = softened_nV.exp_().sum(-1, keepdim=True)
+                divergence += (total_n1.log() - total_q_n1.log()).sum() * t**2
+                slope_nV.add_(softened_nV.div_(total_n1).sub_(q_nV), alpha=kl_weight * t / count)
             if grad_NH is not None:
-                slope_nV = slope_nV.div_(count).to(logits_nV.dtype)
+                slope_nV = slope_nV.to(logits_nV.dtype)
                 grad_nH, *more = torch.autograd.grad(logits_nV, [hidden_nH, *parameters], slope_nV)
                 grad_NH[rows] = grad_nH
                 for total, new in zip(grads, more, strict=True):
@@ -251,3 +253,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_NH, *grads = (grad * outputs[0] for grad in ctx.saved_tensors)
         return grad_NH, None, None, None, None, None, None, *grads
+
+
+def below_zero_(z_nV: Tensor) -> Tensor:
+    """The same softmax, and none of its exponentials above 1."""
+    return z_nV.sub_(z_nV.amax(-1, keepdim=True))

@@ -143,8 +143,8 @@ def _loads_in(result: dict[str, Any]) -> str:
             ("llama.cpp", gguf, "no"),
         ]
     rows += [
-        ("ONNX", "`transformers.exporters.OnnxExporter`", "no"),
-        ("OpenVINO", "`transformers.exporters.OpenVINOExporter`", "no"),
+        ("ONNX Runtime", "after `sentei export --to onnx`", "no"),
+        ("OpenVINO", "after `sentei export --to openvino`", "no"),
     ]
     return "\n".join(head + [f"| {runtime} | {how} | {done} |" for runtime, how, done in rows])
 

@@ -289,9 +289,23 @@ def _export(options: argparse.Namespace) -> int:
         return _gguf(options)
     if options.outtype or options.out.endswith(".gguf"):
         raise ValueError("--outtype and a .gguf file go with --to gguf")
+    if options.to != "dense":
+        return _graph(options)
     if checkpoint.inspect(options.model, trust_remote_code=True).config.get("fold"):  # nothing of it is run
         return _unfold(options)
     print(f"written {checkpoint.export_dense(options.model, options.out, force=options.force)}")
+    return 0
+
+
+def _graph(options: argparse.Namespace) -> int:
+    from sentei.export import graph
+
+    settings = {name: getattr(options, name) for name in ("to", "force", "trust_remote_code")}
+    found = graph.write(options.model, options.out, **settings)
+    print(
+        f"written {found['folder']}: {found['bytes'] / 1e6:.1f} MB in float32, run in {graph.RUNTIMES[options.to]}: "
+        f"logits within {found['difference']:.2g} of torch's; transformers.exporters.ExportedModel loads it"
+    )
     return 0
 
 

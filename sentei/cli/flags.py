@@ -150,11 +150,12 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
     command.add_argument("--out", metavar="DIR", help="in place of the recipe's")
     command.add_argument("--force", action="store_true", help="make every step again")
 
-    command = add("export", "write a checkpoint for another runtime: a GGUF file, or a folder of plain tensors")
+    command = add("export", "write a checkpoint for another runtime: GGUF, ONNX, OpenVINO, or plain tensors")
     command.add_argument("model", metavar="DIR", help="checkpoint folder")
     command.add_argument(
-        "--to", choices=["dense", "gguf"], default="dense",
-        help="gguf: a file for llama.cpp; dense: sparse containers with all zeros, shared blocks each (dense)",
+        "--to", choices=["dense", "gguf", "onnx", "openvino"], default="dense",
+        help="gguf: a file for llama.cpp; onnx, openvino: a graph in float32; dense: sparse containers with all zeros, "
+        "shared blocks each (dense)",
     )  # fmt: skip
     command.add_argument("--outtype", choices=["f32", "f16", "bf16", "q8_0", "q4_0"], help="gguf: of matrices (f16)")
     command.add_argument("--out", required=True, metavar="PATH", help="the new folder, or .gguf file")
