@@ -14,6 +14,7 @@ import io
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,7 @@ def export(model: Any, to: str) -> Any:
     from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
     from transformers.exporters.utils import decompose_for_generation
 
-    ids_BT = torch.arange(3, 15).view(2, 6) % structure.base_model(model).config.vocab_size
+    ids_BT = torch.arange(3, 15).view(2, 6)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, :2] = 0
     inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT}
@@ -98,7 +99,7 @@ def export(model: Any, to: str) -> Any:
         # Two steps of decoding as one: a graph made of one step alone would take one token at a time.
         _, inputs = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
     if to == "onnx":
-        from onnx_ir.passes.common import DeduplicateInitializersPass
+        from onnx_ir.passes.common import DeduplicateInitializersPass  # pyright: ignore[reportMissingImports]
 
         made = OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True))
         if folding.is_folded(model):
@@ -155,14 +156,12 @@ def empty_cache(model: nn.Module) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters tell of their progress and of every operator they know, in prints and in warnings."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "transformers")]
-    levels = [logger.level for logger in loggers]
+    """The exporters tell of their progress and of every operator they know, in prints, logs and warnings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
