@@ -102,8 +102,8 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
 
 SHOWN = {"mrpc": ("accuracy", "f1"), "stsb": ("pearson", "spearman"), "squad": ("exact_match", "f1")}
 """Scores in the table, where a task has more than the one that stands for it."""
-FREE = ("out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model", "keep")
-"""Arguments that choose rows of the table; all others must be equal for all rows."""
+FREE = ("out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model", "keep", "data")
+"""Arguments that choose rows of the table, or say where things are; all others must be equal for all rows."""
 PARTS = {"train": "train", "validation": "dev", "test": "test"}
 
 
@@ -113,6 +113,7 @@ def main() -> None:
         return
     out = Path(args.out)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings["corpus"] = [Path(text).name for text in args.corpus]
     table = resumed(out, {"model": Path(args.model).name, "settings": settings}) | made_on()
     table["versions"]["sentei"] = sentei.__version__
     for seed in args.seeds:

@@ -216,7 +216,7 @@ class _HeadLoss(torch.autograd.Function):
             hidden_nH = hidden_NH[rows].detach().requires_grad_(differentiate)
             with torch.enable_grad() if differentiate else contextlib.nullcontext():
                 logits_nV = student(hidden_nH)
-            z_nV = below_zero_(logits_nV.detach().float())
+            z_nV = _below_zero_(logits_nV.detach().float())
             asked_n1 = asked_N[rows, None]
             target_n1 = torch.where(asked_n1, targets_N[rows, None], 0)
             picked_n1 = z_nV.gather(1, target_n1)
@@ -229,7 +229,7 @@ class _HeadLoss(torch.autograd.Function):
             slope_nV = z_nV.mul_(weight_n1 / total_n1).scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
             if teacher is not None:
                 assert teacher_NH is not None and softened_nV is not None
-                wanted_nV = below_zero_(teacher(teacher_NH[rows]).float()).div_(t)
+                wanted_nV = _below_zero_(teacher(teacher_NH[rows]).float()).div_(t)
                 q_nV = wanted_nV.exp()
                 total_q_n1 = q_nV.sum(-1, keepdim=True)
                 q_nV.div_(total_q_n1)
@@ -255,6 +255,6 @@ class _HeadLoss(torch.autograd.Function):
         return grad_NH, None, None, None, None, None, None, *grads
 
 
-def below_zero_(z_nV: Tensor) -> Tensor:
+def _below_zero_(z_nV: Tensor) -> Tensor:
     """The same softmax, and none of its exponentials above 1."""
     return z_nV.sub_(z_nV.amax(-1, keepdim=True))

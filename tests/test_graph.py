@@ -81,7 +81,7 @@ def test_rows_may_be_padded(pruned, tmp_path):
 
 @needs_onnx
 def test_an_encoder_and_shared_layers(words, tmp_path):
-    """The weights of layers that share them lie in the file once, as do both uses of tied embeddings' rows."""
+    """The weights of layers that share them lie in the file once."""
     encoder = tiny_model("bert")
     runtime = saved(encoder, tmp_path / "bert")
     assert graph.compare(encoder, runtime, torch.tensor([[5, 9, 7, 3]])) < 1e-5

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from sentei import checkpoint, folding, structure
 from sentei.checkpoint.writing import put_in_place
+from sentei.export.gguf import PROMPT
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 RUNTIMES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
-PROMPT = "The gardener cuts the branches that bear no fruit, and in 1998 the tree"
 NEW_TOKENS = 8
 # Largest difference of a logit, over the largest logit. SmolLM2-135M shows 2e-6.
 TOLERANCE = 1e-4
