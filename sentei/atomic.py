@@ -1,8 +1,10 @@
-"""Files that are there whole or not at all: written beside their place, then moved onto it."""
+"""Files and folders that are there whole or not at all: written beside their place, then moved onto it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,41 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that becomes `path` when the block ends well, in place of a folder that is there.
+
+    Nothing stays of it after an error, Ctrl-C included.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield part
+        part.chmod(0o755)  # mkdtemp makes it private
+        for file in part.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        _move_onto(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _move_onto(part: Path, path: Path) -> None:
+    """An old folder is moved away first and removed last."""
+    if not path.exists() or not any(path.iterdir()):
+        part.replace(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    try:
+        path.replace(old)
+        part.replace(path)
+    except BaseException:
+        if not path.exists():
+            old.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -138,3 +138,8 @@ def test_missing_packages(to, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None)
     assert main(["export", str(tmp_path), "--to", to, "--out", str(tmp_path / "out")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_another_word_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give one of onnx, openvino"):
+        graph.write("any", tmp_path / "out", to="gguf")

@@ -276,15 +276,15 @@ def test_a_parent_unpacked_from_another_file_is_not_taken(parent, monkeypatch):
 
 def test_the_recipe_is_in_the_folder_before_it_has_its_name(parent, monkeypatch):
     """A stop between the two would leave a checkpoint that `run` takes for one of other settings."""
-    from sentei.checkpoint import writing
+    from sentei import atomic
 
     def stop(partial, out):
         assert yaml.safe_load((partial / "recipe.yaml").read_text())["stages"][0]["method"] == "one_shot"
-        put_in_place(partial, out)
+        move_onto(partial, out)
         raise KeyboardInterrupt
 
-    put_in_place = writing.put_in_place
-    monkeypatch.setattr(writing, "put_in_place", stop)
+    move_onto = atomic._move_onto
+    monkeypatch.setattr(atomic, "_move_onto", stop)
     asked = recipe.load(write(parent.parent, **content(parent, evaluate=None, prompts=[], gates=[], report=None)))
     with pytest.raises(KeyboardInterrupt):
         recipe.run(asked)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import sentei
 from sentei import adapters, structure
 from sentei.adapters import Unit
+from sentei.atomic import replacing_folder
 from sentei.checkpoint import reading, writing
 from sentei.checkpoint.source import inspect
 from sentei.train import evaluating
@@ -65,9 +64,7 @@ def save(
     what = record["record"]["adapter"]
     living = units_of(what)
     tensors = adapters.state(model, living)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    with replacing_folder(out) as partial:
         source = inspect(parent, trust_remote_code=True)
         place = Path(parent).expanduser()
         # A relative path would mean another folder elsewhere; a hub id is no path.
@@ -92,10 +89,6 @@ def save(
             _write(partial / name, _card(account, out.name) + text if name == "README.md" else text)
         if verify:
             _verify(partial, model)
-        writing.put_in_place(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return out
 
 

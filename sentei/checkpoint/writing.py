@@ -22,6 +22,7 @@ from torch import Tensor
 
 import sentei
 from sentei import remote, structure
+from sentei.atomic import replacing_folder
 from sentei.checkpoint import card, folded, forms, reading, zeros
 from sentei.checkpoint.source import Source, inspect
 from sentei.remote import reload
@@ -80,30 +81,27 @@ def save(
         written = forms.form(model, shape)
         state = {name: tensor.detach().cpu().to(dtype) for name, tensor in forms.tensors(model, written).items()}
     _check_space(out, state or model.state_dict())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
-        saved = model
-        if stock:
-            zeros.write(partial, model, shape, dtype, masks, scales, activations, zstd)
-            tokenizer.save_pretrained(partial)
-        else:
-            saved = _write_model(partial, model, tokenizer, written, state, dtype)
-            if written.shape == "folded":
-                folded.check_bytes(partial, saved)
-        for name, place in (files or {}).items():
-            shutil.copytree(place, partial / name) if place.is_dir() else shutil.copyfile(place, partial / name)
-        account = _account(model, source, parent, record, written, saved, partial)
-        if verify and shape == "sparse":
-            account["result"]["largest_difference"] = zeros.check(partial, model, dtype, scales)
-        elif verify:
-            account["result"]["largest_difference"] = _verify(partial, model, tokenizer, dtype)
-        account["result"]["verified"] = verify
-        _write_json(partial / "compression.json", account)
-        (partial / "README.md").write_text(card.text(account, out.name), encoding="utf-8")
-        put_in_place(partial, out)
-    except BaseException as error:  # Ctrl-C too: nothing half-written stays
-        shutil.rmtree(partial, ignore_errors=True)
+        with replacing_folder(out) as partial:
+            saved = model
+            if stock:
+                zeros.write(partial, model, shape, dtype, masks, scales, activations, zstd)
+                tokenizer.save_pretrained(partial)
+            else:
+                saved = _write_model(partial, model, tokenizer, written, state, dtype)
+                if written.shape == "folded":
+                    folded.check_bytes(partial, saved)
+            for name, place in (files or {}).items():
+                shutil.copytree(place, partial / name) if place.is_dir() else shutil.copyfile(place, partial / name)
+            account = _account(model, source, parent, record, written, saved, partial)
+            if verify and shape == "sparse":
+                account["result"]["largest_difference"] = zeros.check(partial, model, dtype, scales)
+            elif verify:
+                account["result"]["largest_difference"] = _verify(partial, model, tokenizer, dtype)
+            account["result"]["verified"] = verify
+            _write_json(partial / "compression.json", account)
+            (partial / "README.md").write_text(card.text(account, out.name), encoding="utf-8")
+    except Exception as error:
         if _is_full_disk(error):
             raise ValueError(f"the disk of {out.parent} is full; nothing was written. Free some space") from error
         raise
@@ -121,18 +119,13 @@ def unpack(gguf: str | Path, out: str | Path, *, force: bool = False) -> Path:
     out = check_output(out, parent=gguf, force=force)
     source = inspect(gguf)
     model, tokenizer = reading.load(gguf, dtype=source.dtype, device="cpu")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    with replacing_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(
             f"Unpacked by sentei from {Path(gguf).name} (sha256 {source.sha256()}), stored here as {source.dtype}.\n",
             encoding="utf-8",
         )
-        put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -278,26 +271,6 @@ def _verify(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> flo
             "the reloaded tokenizer splits text differently, so nothing was written; check the tokenizer files"
         )
     return difference
-
-
-def put_in_place(partial: Path, out: Path) -> None:
-    """Rename a finished folder; an old checkpoint is moved away first and removed last."""
-    partial.chmod(0o755)  # mkdtemp makes it private
-    for file in partial.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
-    if not out.exists() or not any(out.iterdir()):
-        partial.replace(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    try:
-        out.replace(old)
-        partial.replace(out)
-    except BaseException:
-        if not out.exists():
-            old.replace(out)
-        shutil.rmtree(old, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_space(out: Path, state: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ model.safetensors with the zeros in it, as large as the parent, for every other 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from sentei.atomic import replacing_folder
 from sentei.checkpoint import sparse
 from sentei.checkpoint.reading import load
 from sentei.checkpoint.source import Source
@@ -84,9 +86,6 @@ def export_dense(folder: str | Path, out: str | Path, *, force: bool = False) ->
     Raises:
         ValueError: there is no container in the folder, or `out` exists.
     """
-    import shutil
-    import tempfile
-
     from sentei.checkpoint import writing
 
     folder = Path(folder)
@@ -94,17 +93,12 @@ def export_dense(folder: str | Path, out: str | Path, *, force: bool = False) ->
         raise ValueError(f"{folder} holds no {sparse.FILE}: there is nothing to make dense")
     out = writing.check_output(out, parent=folder, force=force)
     model, tokenizer = load(folder, device="cpu")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    with replacing_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for name in ("compression.json", "recipe.yaml", "task.json"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)
-        writing.put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

@@ -12,8 +12,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import checkpoint, folding, structure
-from sentei.checkpoint.writing import put_in_place
+from sentei.atomic import replacing_folder
 from sentei.export.gguf import PROMPT
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
@@ -48,9 +46,11 @@ def write(
         "folder", "bytes" (of all files), "difference" (the largest of a logit between the runtime and torch, over the
         largest logit), "tokens" (how many logits were compared after another).
     Raises:
-        ValueError: a package is missing, the model has no such graph, the folder was there already, or what the
-            runtime computes is something else. Nothing is written then.
+        ValueError: `to` is another word, a package is missing, the model has no such graph, the folder was there
+            already, or what the runtime computes is something else. Nothing is written then.
     """
+    if to not in PACKAGES:
+        raise ValueError(f"to={to!r}: give one of {', '.join(PACKAGES)}")
     missing = [name for name in PACKAGES[to] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--to {to} needs: pip install 'sentei[{to}]' (not found: {', '.join(missing)})")
@@ -62,9 +62,7 @@ def write(
     if (Path(folder) / "sentei_adapter.json").is_file():
         raise ValueError(f"{folder} holds adapters, which a graph of the model would leave out; export their base")
     model, tokenizer = checkpoint.load(folder, device="cpu", dtype="float32", trust_remote_code=trust_remote_code)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
+    with replacing_folder(out) as partial:
         try:
             with _quiet():
                 export(model.eval(), to).save_pretrained(partial)
@@ -77,9 +75,6 @@ def write(
         if not difference <= TOLERANCE:
             raise ValueError(f"{to} computes other logits than torch (by {difference:.2g} of the largest): not written")
         size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return {"folder": out, "bytes": size, "difference": difference}
 
 
