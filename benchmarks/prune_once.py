@@ -44,6 +44,7 @@ KINDS = (
     "dense",
     "dense, same recipe",
     "prune once",
+    "prune once, hidden states too",
     "1x4",
     "one-shot",
     "random",
@@ -52,7 +53,10 @@ KINDS = (
     "small dense",
 )
 GIVEN = ("data", "text_field")  # to `compress`, not to the method
-SPARSE = ("prune once", "1x4", "one-shot", "random", "no distillation", "per task")
+SPARSE = ("prune once", "prune once, hidden states too", "1x4", "one-shot", "random", "no distillation", "per task")
+
+
+QUANTISED = SPARSE[:3]
 
 
 def tasks(root: Path) -> dict[str, dict[str, Any]]:
@@ -137,7 +141,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
     if kind == "dense":
         return {"scores": record_of(teacher)["scores"], "metric": record_of(teacher)["metric"]} | sizes(teacher)
     start = teacher_of(args) if kind == "dense, same recipe" else shared(args, kind, sparsity)
-    place = work / "tasks" / f"{kind}-{sparsity}-{task}-{seed}".replace(" ", "-").replace(",", "")
+    place = work / "tasks" / folder_name(f"{kind}-{sparsity}-{task}-{seed}")
     fields = how(args, task, seed)
     if kind == "per task":
         fields |= {"lock": False, "prune": sparsity}
@@ -148,7 +152,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
     record = record_of(place)
     row = {name: record[name] for name in ("scores", "metric", "mask_sha256")} | sizes(place)
     row["epochs"] = fields["epochs"]
-    if kind in ("prune once", "1x4") and not args.no_int8:
+    if kind in QUANTISED and not args.no_int8:
         quantised = place.with_name(f"{place.name}-int8")
         extra = {"fast_path": "torch_1x4"} if kind == "1x4" else {}
         fields = how(args, task, seed) | {
@@ -203,7 +207,8 @@ def pretraining(args: argparse.Namespace) -> dict[str, Any]:
 
 def teacher_of(args: argparse.Namespace) -> Path:
     place = Path(args.work) / "teacher"
-    fields = pretraining(args) | {"steps": args.teacher_steps}
+    fields = pretraining(args) | {"steps": args.teacher_steps, "train": args.teacher_train}
+    fields["lr"] = args.teacher_lr or args.pretrain_lr
     return once(place, lambda: sentei.compress(args.model, method="prune_once_teacher", out=place, **fields))
 
 
@@ -212,7 +217,7 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
     teacher = teacher_of(args)
     if kind == "per task":
         return teacher
-    place = Path(args.work) / f"{kind}-{sparsity}".replace(" ", "-")
+    place = Path(args.work) / folder_name(f"{kind}-{sparsity}")
     if kind in ("one-shot", "random"):
         return once(place, lambda: at_once(teacher, place, sparsity, random=kind == "random"))
     if kind == "small dense":
@@ -220,6 +225,8 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
     fields = pretraining(args) | {"steps": args.steps, "sparsity": sparsity}
     if kind == "1x4":
         fields["pattern"] = "1x4"
+    if kind == "prune once, hidden states too":
+        fields["kd_hidden"] = args.kd_hidden
     if kind == "no distillation":
         fields |= {"kd_hard": 1.0, "kd_soft": 0.0}
     return once(place, lambda: sentei.compress(teacher, method="prune_once_student", out=place, **fields))
@@ -256,6 +263,10 @@ def small_dense(args: argparse.Namespace, teacher: Path, place: Path, sparsity: 
     )  # fmt: skip
     fields = pretraining(args) | {"mode": "full", "steps": args.steps, "teacher": teacher}
     return sentei.compress(cut, method="heal", kl_weight=0.5, ce_weight=0.5, temperature=2.0, out=place, **fields)
+
+
+def folder_name(words: str) -> str:
+    return words.replace(" ", "-").replace(",", "")
 
 
 def once(place: Path, do: Any) -> Path:
@@ -295,7 +306,7 @@ def markdown(table: dict[str, Any]) -> str:
                 if any(c != "-" for c in cells):
                     lines.append(f"| {kind}{label} | {sparsity:.0%} | " + " | ".join(cells) + " |")
     lines += ["", "Bytes on disk, in brackets how many times smaller than fp32: prunable matrices, whole model", ""]
-    for kind in ("prune once", "1x4"):
+    for kind in QUANTISED:
         for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
             made = [
                 row["int8"] for row in rows if row["kind"] == kind and row["sparsity"] == sparsity and "int8" in row
@@ -341,7 +352,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.8, 0.85, 0.9])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--teacher-train", default="all", help="all, or head")
+    parser.add_argument("--teacher-lr", type=float, help="default: --pretrain-lr")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--kd-hidden", type=float, default=10.0, help="of the row with hidden states")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--pretrain-lr", type=float, default=1e-4)

@@ -10,7 +10,7 @@ Shape legend: B batch, T positions, N targets (positions with a target, of all r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from torch.nn import functional as F
 
 from sentei import structure
 from sentei.train import IGNORE, Batch, autocast, evaluating
+
+Pairs = tuple[tuple[int, int], ...]
+"""(layer of the student, layer of the teacher) whose outputs should agree."""
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -139,6 +142,53 @@ class Distillation:
         )
         losses = {"loss": loss, "ce": ce} | ({} if self.teacher is None else {"kl": divergence})
         return losses, output, teacher_output
+
+
+@dataclass(frozen=True)
+class HiddenDistillation(Distillation):
+    """`Distillation` and hidden_weight * the mean over `pairs` of `hidden_loss`, also returned as "hidden".
+
+    Attributes:
+        pairs: taken at the blocks themselves, so a decoder's last one is before the final norm.
+    """
+
+    hidden_weight: float = 1.0
+    pairs: Pairs = ()
+
+    def with_outputs(self, student: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any, Any]:
+        if self.teacher is None or not self.hidden_weight or not self.pairs:
+            return super().with_outputs(student, batch)
+        layers, taught = zip(*self.pairs, strict=True)
+        with _seen(student, layers) as ours, _seen(self.teacher, taught) as theirs:
+            losses, *outputs = super().with_outputs(student, batch)
+        mask_BT = batch.get("attention_mask", torch.ones_like(batch["targets"])).bool()
+        if structure.is_causal(student):  # activations are huge at a decoder's first position
+            mask_BT = mask_BT & (torch.arange(mask_BT.shape[1], device=mask_BT.device) > 0)
+        # A tensor made in inference mode may not be kept for a backward pass; its clone may.
+        each = [hidden_loss(ours[s], theirs[t].clone(), mask_BT) for s, t in self.pairs]
+        hidden = torch.stack(each).mean()
+        losses |= {"loss": losses["loss"] + self.hidden_weight * hidden, "hidden": hidden.detach()}
+        return losses, *outputs
+
+
+def hidden_loss(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the tokens of `mask_BT` of |h_s - h_t|^2 / |h_t|^2."""
+    student_NH, teacher_NH = student_BTH[mask_BT].float(), teacher_BTH[mask_BT].float()
+    return ((student_NH - teacher_NH).square().sum(-1) / teacher_NH.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+@contextlib.contextmanager
+def _seen(model: nn.Module, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside the block the outputs of some layers, as they were computed last, by number."""
+    found: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for number in set(numbers):
+
+            def see(module: nn.Module, args: Any, output: Tensor, number: int = number) -> None:
+                found.setdefault(number, output)  # recomputation in a backward pass comes later
+
+            stack.callback(structure.layers(model)[number].register_forward_hook(see).remove)
+        yield found
 
 
 @torch.no_grad()

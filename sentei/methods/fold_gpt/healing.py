@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from sentei import folding, lora, structure
-from sentei.distill import Distillation, held_out
+from sentei.distill import HiddenDistillation, Pairs, held_out
 from sentei.methods import Progress
 from sentei.train import Batch, Settings, causal_batch, processes, resolve_precision, shuffled, train
 
 SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-Pairs = list[tuple[int, int]]
-"""(layer of the student, layer of the teacher) whose outputs should agree."""
 
 
 def aliased(model: nn.Module) -> nn.Module:
@@ -40,49 +37,7 @@ def aliased(model: nn.Module) -> nn.Module:
 def tail_pairs(origin: list[int], num_dense: int, tail: int) -> Pairs:
     """The last `tail` layers with the dense layers that they were; the very last with the dense model's very last."""
     pairs = [(number, origin[number]) for number in range(max(0, len(origin) - tail), len(origin))]
-    return [*pairs[:-1], (len(origin) - 1, num_dense - 1)] if pairs else []
-
-
-def tail_loss(student_BTH: Tensor, teacher_BTH: Tensor) -> Tensor:
-    """Mean over tokens of |h_s - h_t|^2 / |h_t|^2; position 0, where activations are huge, is left out."""
-    student, teacher = student_BTH[:, 1:].float(), teacher_BTH[:, 1:].float()
-    return ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean()
-
-
-@dataclass(frozen=True)
-class TailDistillation(Distillation):
-    """`Distillation` and the match of the tail's hidden states.
-
-    Attributes:
-        pairs: taken at the blocks themselves, so the last one is before the final norm.
-    """
-
-    hidden_weight: float = 1.0
-    pairs: tuple[tuple[int, int], ...] = ()
-
-    def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        if self.teacher is None or not self.hidden_weight or not self.pairs:
-            return super().__call__(student, batch)
-        layers, dense = zip(*self.pairs, strict=True)
-        with seen(student, layers) as ours, seen(self.teacher, dense) as theirs:
-            losses = super().__call__(student, batch)
-        # A tensor made in inference mode may not be kept for a backward pass; its clone may.
-        hidden = torch.stack([tail_loss(ours[s], theirs[t].clone()) for s, t in self.pairs]).mean()
-        return losses | {"loss": losses["loss"] + self.hidden_weight * hidden, "hidden": hidden.detach()}
-
-
-@contextmanager
-def seen(model: nn.Module, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside the block the outputs of some layers, as they were computed last, by number."""
-    found: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for number in set(numbers):
-
-            def see(module: nn.Module, args: Any, output: Tensor, number: int = number) -> None:
-                found.setdefault(number, output)  # recomputation in a backward pass comes later
-
-            stack.callback(structure.layers(model)[number].register_forward_hook(see).remove)
-        yield found
+    return (*pairs[:-1], (len(origin) - 1, num_dense - 1)) if pairs else ()
 
 
 def heal(
@@ -90,7 +45,7 @@ def heal(
     dense: nn.Module,
     train_NT: Tensor,
     held_NT: Tensor,
-    loss: TailDistillation,
+    loss: HiddenDistillation,
     settings: Settings,
     *,
     batch_size: int,
@@ -208,6 +163,6 @@ def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
 
 
-def _measure(model: nn.Module, loss: TailDistillation, held: list[Batch], precision: str) -> dict[str, float]:
+def _measure(model: nn.Module, loss: HiddenDistillation, held: list[Batch], precision: str) -> dict[str, float]:
     found = held_out(model, held, precision, loss.teacher)
     return {"loss": found.pop("ce"), **found}

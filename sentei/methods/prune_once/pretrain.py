@@ -7,6 +7,7 @@ B. `Student`, which starts as a copy of the teacher. After optimiser step t, eve
    2. in every matrix the smallest |w|, dormant weights included, are removed              `pattern.masks`, `Lock.move`
    3. between two masks the zeros stay zeros                                               `Lock`
    The loss is hard * CE + soft * t^2 KL(teacher || student), the KL at every position     `Distillation`
+   and, where asked for, the distance of every layer's output from the teacher's           `HiddenDistillation`
    The learning rate is wound back at every mask and falls once at the end                 `Schedule.rate`
 
 The paper's loss of BERT also predicts the next sentence; here that is `objective="mlm_nsp"`, for models with that head.
@@ -28,7 +29,7 @@ import transformers
 from torch import Tensor, nn
 
 from sentei import data, structure
-from sentei.distill import Distillation, held_out
+from sentei.distill import Distillation, HiddenDistillation, held_out
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once import pattern as patterns
@@ -201,7 +202,13 @@ class Pretraining:
 class Teacher(Pretraining):
     """Stage A: the dense language model, trained on the corpus that the student will be pruned on."""
 
+    train: str = option("all", "all, or head: the layers stay, and with them what they know besides", "[ours]")
     shape: str = option("dense", "how it is saved")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train not in ("all", "head"):
+            raise ValueError(f"train is all or head, got {self.train!r}")
 
     def _preset(self) -> dict[str, float]:
         return PRESETS[self.preset] | ({"steps": 300} if self.preset == "cpu_mini" else {})
@@ -232,6 +239,10 @@ class Teacher(Pretraining):
         batches, held = self._data(model, tokenizer, text, objective)
         to_fp32(model)
         precision = resolve_precision(self.precision, next(model.parameters()).device)
+        if self.train == "head":
+            structure.base_model(model).requires_grad_(False)
+            if not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(f"the head of {type(model).__name__} has no weights of its own; use train all")
         before = self._measure(model, held, precision)
         state: dict[str, Any] = {"history": [{"step": 0, "validation_loss": before}]}
         settings = self._settings()
@@ -242,6 +253,7 @@ class Teacher(Pretraining):
             fingerprint=repr((asdict(self), text.sha256)), after=lambda step: {}, restored=lambda: None,
             workdir=workdir, report=report,
         )  # fmt: skip
+        model.requires_grad_(True)
         history = state["history"]
         return {
             "stage": "teacher",
@@ -272,6 +284,7 @@ class Student(Pretraining):
     rewind: bool = option(True, "wind the learning rate back at every mask; off: one linear decay", "authors' code")
     kd_hard: float = option(0.5, "weight of the cross-entropy", "authors' script")
     kd_soft: float = option(0.5, "weight of the distillation; 0: no teacher", "authors' script")
+    kd_hidden: float = option(0.0, "weight of |h - h_teacher|^2 / |h_teacher|^2, mean over layers and tokens", "[ours]")
     temperature: float = option(2.0, "softens both distributions", "authors' script")
     include: str | None = option(None, "regular expression: prune these weights instead of all in the blocks")
     exclude: str | None = option(None, "regular expression: leave these weights out")
@@ -285,10 +298,11 @@ class Student(Pretraining):
             raise ValueError(f"scope is matrix or global, got {self.scope!r}")
         if self.ties not in patterns.TIES:
             raise ValueError(f"ties is one of {', '.join(patterns.TIES)}; got {self.ties!r}")
-        if min(self.kd_hard, self.kd_soft) < 0 or self.kd_hard + self.kd_soft == 0 or self.temperature <= 0:
+        weights = (self.kd_hard, self.kd_soft, self.kd_hidden)
+        if min(weights) < 0 or self.kd_hard + self.kd_soft == 0 or self.temperature <= 0:
             raise ValueError(
-                f"kd_hard {self.kd_hard} and kd_soft {self.kd_soft}: none below 0, one above 0; temperature "
-                f"{self.temperature}: above 0"
+                f"kd_hard {self.kd_hard}, kd_soft {self.kd_soft} and kd_hidden {self.kd_hidden}: none below 0, hard or "
+                f"soft above 0; temperature {self.temperature}: above 0"
             )
         self._schedule()
 
@@ -307,7 +321,7 @@ class Student(Pretraining):
         kept = count - gone
         bits = count / 8 if self.pattern != "1x4" else count / 32
         held = 16 * total + (5 if self.regrow else 1) * count  # masks, and dormant values in fp32
-        held += 4 * total if self.kd_soft else 0
+        held += 4 * total if self.kd_soft or self.kd_hidden else 0
         return {
             "may go": f"{count:,} weights in {len(matrices)} matrices ({count / total:.1%} of the model)",
             "will go": f"{gone:,} weights: {self.sparsity:.0%} of these, {gone / total:.1%} of the model",
@@ -341,7 +355,7 @@ class Student(Pretraining):
         patterns.check(self.pattern, self.sparsity, {name: (len(p), p[0].numel()) for name, p in matrices.items()})
         batches, held = self._data(model, tokenizer, text, objective)
         teacher = None
-        if self.kd_soft:
+        if self.kd_soft or self.kd_hidden:
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
         stored = {name: p.dtype for name, p in matrices.items()}
         to_fp32(model)
@@ -350,7 +364,10 @@ class Student(Pretraining):
         before = self._measure(model, held, precision)
         state: dict[str, Any] = {"history": [{"step": 0, "validation_loss": before}]}
         everywhere = "targets" if objective == "clm" else "all"
-        loss: Any = Distillation(teacher, self.temperature, self.kd_hard, self.kd_soft, positions=everywhere)
+        loss: Any = HiddenDistillation(
+            teacher, self.temperature, self.kd_hard, self.kd_soft, positions=everywhere, hidden_weight=self.kd_hidden,
+            pairs=tuple((number, number) for number in range(len(structure.layers(model)))),
+        )  # fmt: skip
         if objective == "mlm_nsp":
             loss = NextSentence(loss)
         steps = self.steps or 1
