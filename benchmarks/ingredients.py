@@ -26,16 +26,16 @@ from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 
-SEARCH = PolicyGradient(granularity="channels", init="flap", compensate="mean")
-INGREDIENTS: dict[str, tuple[int, str, int, float]] = {  # pairs of forwards, compensation, blocks, correction
-    "equal widths, FLAP's order": (0, "none", 64, 0.0),
-    "+ means of what goes": (0, "mean", 64, 0.0),
-    "+ search over widths": (50, "mean", 64, 0.0),
-    "+ refit on 8,192 tokens": (50, "least-squares", 64, 0.0),
-    "+ refit on 32,768 tokens": (50, "least-squares", 256, 0.0),
-    "+ 0.3 of the layers' errors made good": (50, "least-squares", 256, 0.3),
+SEARCH = PolicyGradient(granularity="channels", compensate="mean")
+INGREDIENTS: dict[str, tuple[str, int, str, int, float]] = {  # order, pairs, compensation, blocks, correction
+    "equal widths, FLAP's order": ("flap", 0, "none", 64, 0.0),
+    "+ means of what goes": ("flap", 0, "mean", 64, 0.0),
+    "+ search over widths": ("flap", 50, "mean", 64, 0.0),
+    "+ refit on 8,192 tokens": ("flap", 50, "least-squares", 64, 0.0),
+    "+ refit on 32,768 tokens": ("flap", 50, "least-squares", 256, 0.0),
+    "+ 0.3 of the layers' errors made good": ("flap", 50, "least-squares", 256, 0.3),  # not in every model
+    "+ FLAP's or Wanda's order, by measuring": ("auto", 50, "least-squares", 256, 0.3),
 }
-LAST = list(INGREDIENTS)[-1]
 PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
 
 
@@ -84,9 +84,9 @@ def main() -> None:
 def how(name: str) -> tuple[Any, tuple[str, ...], str]:
     """A row's method, the compensations tried, and the name of its search, which several rows may share."""
     if name in INGREDIENTS:
-        pairs, compensation, blocks, correction = INGREDIENTS[name]
-        method = replace(SEARCH, coarse_steps=pairs, correction=correction, calibration_samples=blocks)
-        return method, (compensation,), f"flap order, {pairs} pairs"
+        init, pairs, compensation, blocks, correction = INGREDIENTS[name]
+        method = replace(SEARCH, init=init, coarse_steps=pairs, correction=correction, calibration_samples=blocks)
+        return method, (compensation,), f"{init} order, {pairs} pairs"
     method, compensations, _ = ROWS[name]
     if name != "greedy":
         method = replace(method, calibration_samples=64)
@@ -116,12 +116,12 @@ def markdown(table: dict[str, Any]) -> str:
                 cells = [spread([row[text] for row in group], count=False) for text in texts]
                 lines.append(f"| {sparsity:.0%} | {name} | {' | '.join(cells)} |")
         peers = [groups[sparsity, name] for name in PEERS if (sparsity, name) in groups]
-        ours = groups.get((sparsity, LAST))
+        ours = [groups[sparsity, name] for name in INGREDIENTS if (sparsity, name) in groups][-1:]
         if ours and peers:
             cells = []
             for text in texts:
                 best = min(statistics.mean(row[text] for row in group) for group in peers)
-                cells.append(f"{statistics.mean(row[text] for row in ours) / best:.2f}")
+                cells.append(f"{statistics.mean(row[text] for row in ours[0]) / best:.2f}")
             lines.append(f"| {sparsity:.0%} | all ingredients / best peer | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

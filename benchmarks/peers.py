@@ -180,6 +180,7 @@ def prune(
         "start_held_perplexity": math.exp(account["start_loss"]) if account.get("start_loss") else None,
         "removed_of_layers": record["removed_of_layers"],
         "removed_of_model": record["removed_of_model"],
+        "init": account.get("init"),
         "forwards": account.get("forwards"),
         "layers": [[size.num_kv_heads, size.intermediate_size] for size in structure.sizes(best)],
     }

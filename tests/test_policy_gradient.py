@@ -518,7 +518,7 @@ def test_a_vital_unit_that_starts_at_zero_returns(words, monkeypatch, floor, ret
     vital = torch.stack([units.of(layer, "channels")[7] for layer in range(4)])
     metric_U = torch.linspace(0, 1, len(units)).double()
     metric_U[vital] = -50.0
-    monkeypatch.setattr(Search, "_initial_metric", lambda self: metric_U)
+    monkeypatch.setattr(Search, "_initial_metric", lambda self, init: metric_U)
     monkeypatch.setattr(Search, "loss", lambda self, keep_U, step: 3.0 - float(keep_U[vital].double().mean()))
     method = PolicyGradient(
         sparsity=0.4, granularity="channels", keep_best=False, score_floor=floor, channel_group=1, lr=0.05,
@@ -531,6 +531,35 @@ def test_a_vital_unit_that_starts_at_zero_returns(words, monkeypatch, floor, ret
     assert bool(kept[-1][vital].all()) == returns and bool(kept[-1][vital].any()) == returns
     assert any("cannot rise" in event["message"] for event in said) != returns
     assert record["history"][0]["at_floor"] > 0
+
+
+@pytest.mark.parametrize(("best", "fails"), [("flap", None), ("wanda", None), ("wanda", "flap")])
+def test_the_order_inside_a_layer_is_the_one_that_starts_better(words, monkeypatch, best, fails):
+    model = tiny_model("llama")
+    units = structure.units(model, "channels")
+    up_U = torch.linspace(0, 1, len(units)).double()
+    monkeypatch.setattr(Search, "_initial_metric", lambda self, init: up_U if init == best else -up_U)
+    last = units.of(0, "channels")[-1]  # the best of its layer only in the best order
+    worse = float("nan") if fails else 2.0
+    monkeypatch.setattr(Search, "_held_loss", lambda self, keep_U: 1.0 if keep_U[last] else worse)
+    method = PolicyGradient(
+        sparsity=0.4, granularity="channels", **QUICK | {"slope_sweeps": 0, "coarse_steps": 2, "steps": 0}
+    )
+    assert method.inits == ("flap", "wanda")
+    record = method.compress(model, words, TEXT)
+    assert record["init"] == best and record["start_loss"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "init"),
+    [
+        ({"init": "magnitude"}, "magnitude"), ({"compensate": "none"}, "wanda"),
+        ({"shape": "uniform", "steps": 1}, "flap"), ({"reward": "a:b"}, "flap"),
+        ({"granularity": "layers", "steps": 1}, "block_influence"), ({"preset": "paper"}, "wanda"),
+    ],
+)  # fmt: skip
+def test_where_there_is_one_order(fields, init):
+    assert PolicyGradient(sparsity=0.3, **fields).inits == (init,)
 
 
 def test_uniform_searches_inside_each_layer(words, monkeypatch):

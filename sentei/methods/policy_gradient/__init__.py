@@ -87,8 +87,8 @@ class PolicyGradient(Structural):
     )
     init: str = option(
         "auto",
-        f"initial scores: {', '.join(INITS)}; auto: flap where means are filled in, else wanda; block_influence for "
-        "whole blocks",
+        f"initial scores: {', '.join(INITS)}; auto: flap or wanda where means are filled in, whichever starts at the "
+        "lower held-out loss, else wanda; block_influence for whole blocks",
         "wanda: authors' code",
     )
     budget: str = option("global", "global: all units compete; family: heads and channels lose the same fraction")
@@ -135,7 +135,7 @@ class PolicyGradient(Structural):
         super().check()
         if self.preset not in ("ours", "paper"):
             raise ValueError(f"preset is ours or paper; got {self.preset!r}")
-        for name, value, known in (("estimator", self.estimator, ESTIMATORS), ("init", self.resolved_init, INITS)):
+        for name, value, known in (("estimator", self.estimator, ESTIMATORS), ("init", self.inits[0], INITS)):
             if value not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {value!r}")
         if self.budget not in ("global", "family"):
@@ -158,7 +158,7 @@ class PolicyGradient(Structural):
         for name in ("slope_delta", "slope_rate", "coarse_sigma", "coarse_lr", "lr", "phi_eps"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0; got {value}")
-        if self.whole != (self.resolved_init == "block_influence") and self.init != "random":
+        if self.whole != (self.inits == ("block_influence",)) and self.init != "random":
             raise ValueError(f"init={self.init} does not score {self.granularity}; block_influence scores whole blocks")
         if self.whole_units is not None and (self.whole or self.shape == "uniform"):
             raise ValueError(
@@ -187,13 +187,18 @@ class PolicyGradient(Structural):
 
     @property
     def reads_loss(self) -> bool:
-        return self.reward == "lm_loss" or self.resolved_init == "taylor"
+        return self.reward == "lm_loss" or self.init == "taylor"
 
     @property
-    def resolved_init(self) -> str:
+    def inits(self) -> tuple[str, ...]:
+        """The initial scores to choose from."""
         if self.init != "auto":
-            return self.init
-        return "block_influence" if self.whole else "flap" if self.compensates else "wanda"
+            return (self.init,)
+        if self.whole:
+            return ("block_influence",)
+        if not self.compensates:
+            return ("wanda",)
+        return ("flap", "wanda") if self.reward == "lm_loss" and self.shape != "uniform" else ("flap",)
 
     @property
     def resolved_reward_scale(self) -> str:

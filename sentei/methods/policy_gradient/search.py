@@ -48,7 +48,9 @@ class Search:
         self.remove = masks.removal_target(run.units, method.sparsity)
         self.reward = None if method.reward == "lm_loss" else Reward(method.reward)
         self._read_data()
-        self.metric_U = self._shared(self._initial_metric())  # minutes of calibration: after what may be refused
+        # Minutes of calibration: after what may be refused.
+        metrics = {init: self._shared(self._initial_metric(init)) for init in method.inits}
+        self.init, self.metric_U = next(iter(metrics.items()))
         self.fill: masks.Fill | None = None
         if method.compensates:
             self.fill = {key: self._shared(fill_W) for key, fill_W in run.fill.items()}
@@ -58,6 +60,18 @@ class Search:
             "level": 0, "step": 0, "forwards": 0, "skipped": 0, "ties": 0, "evaluations": 0, "held_forwards": 0,
         }  # fmt: skip
         self.best: dict[str, Tensor] = {"keep": torch.ones(len(self.units), dtype=torch.bool)}
+        if len(metrics) > 1 and self.remove > 0:
+            self._choose_order(metrics)
+
+    def _choose_order(self, metrics: dict[str, Tensor]) -> None:
+        """Of the orders inside a layer the one that the search starts best from; no order is best for every model."""
+        losses = {}
+        for init, self.metric_U in metrics.items():
+            loss = self.mean(torch.tensor([self._held_loss(Allocation(self).hard())], dtype=torch.double)).item()
+            losses[init] = loss if math.isfinite(loss) else math.inf
+        self.init = min(losses, key=lambda init: losses[init])
+        self.metric_U = metrics[self.init]
+        self._tell(f"order inside a layer: {self.init} (loss {', '.join(f'{k} {v:.3f}' for k, v in losses.items())})")
 
     def _read_data(self) -> None:
         method, run = self.method, self.run
@@ -92,7 +106,8 @@ class Search:
             "start_loss", "best_loss", "best_step", "forwards", "evaluations", "held_forwards", "skipped", "ties",
         )  # fmt: skip
         found = {name: self.numbers.get(name) for name in names}
-        return found | {"improved": bool(found["best_step"]), "processes": self.ranks, "history": self.history}
+        found |= {"init": self.init, "improved": bool(found["best_step"]), "processes": self.ranks}
+        return found | {"history": self.history}
 
     def best_U(self) -> Tensor:
         """[U] bool: run all levels and return the mask to cut."""
@@ -249,8 +264,6 @@ class Search:
     def _evaluate(self, keep_U: Tensor, step: int) -> float:
         loss = self.mean(torch.tensor([self._held_loss(keep_U)], dtype=torch.double)).item()
         self.numbers["evaluations"] += 1
-        held = self.held_rows if self.method.reward_data is not None else self.held
-        self.numbers["held_forwards"] += math.ceil(len(held) / self.method.batch_size)
         if "best_loss" not in self.numbers:
             if not math.isfinite(loss):
                 raise ValueError(f"{self._not_finite()} for the start, on what is held out: {self._advice()}")
@@ -262,16 +275,17 @@ class Search:
 
     def _held_loss(self, keep_U: Tensor) -> float:
         """Of this process's share of the held-out text or rows."""
+        held = self.held_rows if self.method.reward_data is not None else self.held
+        self.numbers["held_forwards"] += math.ceil(len(held) / self.method.batch_size)
         if self.reward is not None:
             held = self.held_rows or self.held
             return self._reward_loss(keep_U, held[self.rank :: self.ranks] if self.held_rows else held)
         with masks.sliced(self.run.model, self.units, keep_U, self.fill):
             return self.run.mean_loss(self.held[self.rank :: self.ranks])
 
-    def _initial_metric(self) -> Tensor:
+    def _initial_metric(self, init: str) -> Tensor:
         """[U] float64, higher is better: the order inside a layer, and the start of s."""
         method, model, units = self.method, self.run.model, self.units
-        init = method.resolved_init
         if init == "random":
             return torch.randn(len(units), generator=torch.Generator().manual_seed(method.seed)).double()
         if init == "magnitude":
