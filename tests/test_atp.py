@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentei import head_dims, structure
 from sentei.methods.atp import ATP, health, ranks, selection, wiring
-from sentei.methods.atp.generator import Generator, binarise, budget_loss, gumbel, keep_probability
+from sentei.methods.atp.generator import Generator, binarise, budget_loss, gumbel, keep_probability, start_logits
 from sentei.structure import KINDS, Units
 
 
@@ -47,6 +47,21 @@ def test_keep_probability():
         count = 100_000
         _, hard = binarise(torch.full((count,), logit), gumbel(count, "test", logit), 0.4, 3.0)
         assert abs(float(hard.detach().mean()) - p) <= 4 * math.sqrt(p * (1 - p) / count)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_a_start_near_the_budget(sparsity):
+    units = structure.units(tiny_model("llama"))
+    score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(0))
+    p_U = keep_probability(start_logits(score_U, units, sparsity, 3.0), 3.0)
+    for kind in (0, 1):
+        of = (units.kind_U == kind).nonzero().flatten()
+        by_score = p_U[of[score_U[of].argsort()]]
+        assert bool((by_score.diff() > 0).all())
+        border = by_score[round(sparsity * len(of)) - 1 : round(sparsity * len(of)) + 1]
+        assert border[0] <= 0.5 + 1e-6 and border[1] >= 0.5 - 1e-6
+        assert float(p_U[of].mean()) == pytest.approx(1 - sparsity, abs=0.06)
+    assert float(p_U.min()) == pytest.approx(0.7 * math.exp(-8 * sparsity), rel=0.2)
 
 
 def test_binarise_and_its_gradient():

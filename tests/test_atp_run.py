@@ -180,7 +180,9 @@ def test_same_seed_same_model(words, examples):
 
 
 @pytest.mark.parametrize("stop", [3, 8, 11])
-@pytest.mark.parametrize("fields", [{}, {"zeroing": "beta"}, {"mask": "taylor"}, {"mask": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"zeroing": "beta"}, {"start": "taylor"}, {"mask": "taylor"}, {"mask": "random"}], ids=str
+)
 def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, tmp_path):
     """Stops in the control phase, in the ramp, and after it."""
     how = short(**fields, save_every=2, lora_dropout=0.1, ramp=0.5, log=str(tmp_path / "log.jsonl"))
@@ -242,6 +244,19 @@ def test_baselines(mask, words, examples):
     else:
         assert 0.35 < record["removed_of_prunable"] < 0.6 and record["zeroing"]["forward_gap"] <= 1e-5
     assert_plain(model)
+
+
+def test_a_start_by_taylor_scores(words, examples):
+    """The first masks are near the budget, and the useless is dropped from the first."""
+    model = toy()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::4] = 0
+    kept = {}
+    for start in ("dense", "taylor"):
+        record = short(start=start, sparsity=0.4).compress(copy.deepcopy(model), words, examples)
+        kept[start] = record["history"][0]["kept"]
+    assert kept["dense"] > 0.8 and abs(kept["taylor"] - 0.6) < 0.15
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,11 @@ class ATP:
     generator_clip: float = option(3.0, "largest gradient norm of the generator", CODE)
     generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
+    start: str = option(
+        "dense", "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model", CODE
+    )
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
-    offset: float = option(3.0, "added to every logit: the run starts dense", CODE)
+    offset: float = option(3.0, "added to every logit, which are near 0 at first: the run starts dense", CODE)
     mask_in_loss: str = option("soft", "what masks the model in the generator's step: soft, or hard", CODE)
     slice_rows: int | None = option(None, "training rows for the generator; none: a tenth, at least 64", OURS)
     alpha: float = option(5.0, "weight of the budget term", CODE)
@@ -162,7 +165,7 @@ class ATP:
         for name, known in (
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
-            ("mask_in_loss", ("soft", "hard")), ("precision", ("auto", "fp32", "bf16")),
+            ("mask_in_loss", ("soft", "hard")), ("start", ("dense", "taylor")), ("precision", ("auto", "fp32", "bf16")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")

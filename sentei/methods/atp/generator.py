@@ -14,19 +14,22 @@ from sentei.structure import KINDS, Units
 from sentei.train import evaluating, mix
 
 EMBEDDING = 64
+START_SLOPE = 8.0  # of the logits from the worst unit of a kind to its best; Gumbel noise has a deviation of 1.3
 
 
 class Generator(nn.Module):
     """Layers in, one logit per unit out; no data enters.
 
     A fixed orthogonal table, one row per layer, passes through a small transformer, so that the layers' logits can
-    influence each other; every layer and kind of unit then has a linear head of its own, without bias.
+    influence each other; every layer and kind of unit then has a linear head of its own, without bias. To its output a
+    fixed `start_U` is added, 0 in the paper.
 
     Args:
         seed: of the table and of all first values.
     """
 
     table_LE: Tensor
+    start_U: Tensor
 
     def __init__(self, units: Units, *, seed: int = 0):
         super().__init__()
@@ -44,16 +47,16 @@ class Generator(nn.Module):
                 self.heads[kind] = nn.Parameter(torch.empty(count, EMBEDDING).uniform_(-1, 1) / math.sqrt(EMBEDDING))
         self._layer_of = {kind: units.layer_U[units.kind_U == KINDS.index(kind)] for kind in units.granularity}
         self._place_of = {kind: (units.kind_U == KINDS.index(kind)).nonzero().flatten() for kind in units.granularity}
-        self._num_units = len(units)
+        self.register_buffer("start_U", torch.zeros(len(units)))
 
     def forward(self) -> Tensor:
         """Logits, [U]; with dropout in train mode."""
         hidden_LE = self.norm(self.encoder(self.table_LE[None])[0])
-        logits_U = hidden_LE.new_zeros(self._num_units)
+        logits_U = torch.zeros_like(self.start_U)
         for kind, head in self.heads.items():
             of_kind = (hidden_LE[self._layer_of[kind]] * head).sum(-1)
             logits_U = logits_U.index_put((self._place_of[kind],), of_kind)
-        return logits_U
+        return logits_U + self.start_U
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -86,6 +89,20 @@ def binarise(logits_U: Tensor, noise_U: Tensor, temperature: float, offset: floa
 def keep_probability(logits_U: Tensor, offset: float) -> Tensor:
     """P(hard = 1) = 1 - exp(-exp(logit + offset)); in double, since fp32 is 1.0 for every logit above about 0."""
     return -torch.expm1(-torch.exp(logits_U.double() + offset))
+
+
+def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float) -> Tensor:
+    """Logits with which each kind of unit keeps about 1 - sparsity, the higher scores more surely.
+
+    The worst of its kind is kept with a probability of 0.7 exp(-8 sparsity), that at the budget's border with 0.5.
+    """
+    logits_U = torch.zeros(len(units))
+    for kind in units.granularity:
+        of = (units.kind_U == KINDS.index(kind)).nonzero().flatten()
+        place = torch.empty(len(of))
+        place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
+        logits_U[of] = START_SLOPE * (place - sparsity)
+    return logits_U + math.log(math.log(2)) - offset
 
 
 def budget_loss(kept: Tensor, wanted: float) -> Tensor:

@@ -182,6 +182,9 @@ class Tuning:
 
     def _begin(self) -> None:
         if self.control_steps:
+            if self.method.start == "taylor":
+                score_U, method = self._taylor(), self.method
+                self.generator.start_U = decisions.start_logits(score_U, self.units, method.sparsity, method.offset)
             self._decide(0)
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
@@ -444,13 +447,19 @@ class Tuning:
         if method.mask == "random":
             score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(mix(method.seed, "random")))
         else:
-            batches = self.data.batches(self.data.train, method.seed)
-            score_U = gradients.taylor(
-                self.model, self.book, len(units), batches, self.precision, checkpointing=method.checkpointing
-            )
+            score_U = self._taylor()
         if method.shape == "uniform":
             return selection.uniform(score_U, units, method.sparsity, self.floors)
         return selection.top_k(score_U, units, method.sparsity, self.floors, by_kind=True)
+
+    def _taylor(self) -> Tensor:
+        """Scores [U] of the untuned model on the first training batches."""
+        method = self.method
+        batches = self.data.batches(self.data.train, method.seed)
+        score_U = gradients.taylor(
+            self.model, self.book, len(self.units), batches, self.precision, checkpointing=method.checkpointing
+        )
+        return ranks.shared(score_U)
 
     # --- masks and words ------------------------------------------------------------------------------------------
 
