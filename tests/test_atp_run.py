@@ -247,16 +247,12 @@ def test_baselines(mask, words, examples):
 
 
 def test_a_start_by_taylor_scores(words, examples):
-    """The first masks are near the budget, and the useless is dropped from the first."""
-    model = toy()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight[:, ::4] = 0
+    """Six steps of the generator do not bring a dense start to the budget; this one is there."""
     kept = {}
     for start in ("dense", "taylor"):
-        record = short(start=start, sparsity=0.4).compress(copy.deepcopy(model), words, examples)
-        kept[start] = record["history"][0]["kept"]
-    assert kept["dense"] > 0.8 and abs(kept["taylor"] - 0.6) < 0.15
+        record = short(start=start, sparsity=0.4, round_channels=1, generator_lr=1e-3).compress(toy(), words, examples)
+        kept[start] = record["freeze"]["kept_before"]
+    assert kept["dense"] > 0.8 and abs(kept["taylor"] - 0.6) < 0.1, kept
 
 
 @pytest.mark.parametrize(
