@@ -11,6 +11,7 @@
     fixed-mask        ATP's own LoRA with a Taylor mask, cut from step 0: what is left without learning the mask
     random-mask       the same with random units
     atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
+    atp-near          its masks start near the budget, by Taylor scores, and not dense
     fixed-mask-healed the same teacher and tokens for the Taylor mask
     atp-last-sample, atp-threshold    the method with the final mask of the authors' code, or P(keep) >= 0.5
     atp-head-dims     the method inside heads
@@ -57,7 +58,7 @@ from sentei.train import resolve_precision
 
 TWO_STAGE = ("taylor", "wanda", "policy-gradient")
 METHODS = ("dense", "dense-lora", *TWO_STAGE, "fixed-mask", "random-mask", "atp", "atp-healed")
-MORE = ("fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform")
+MORE = ("atp-near", "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform")
 WHOLE = ("dense", "dense-lora")
 # Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
 NO_SETTINGS = (
@@ -164,6 +165,7 @@ def make(
         "random-mask": {"mask": "random"},
         "atp": {},
         "atp-healed": {"heal_steps": args.heal_steps},
+        "atp-near": {"start": "taylor"},
         "atp-last-sample": {"final_mask": "last_sample"},
         "atp-threshold": {"final_mask": "threshold"},
         "atp-head-dims": {"units": "head-dims+channels"},
