@@ -381,6 +381,17 @@ def test_save_reloads_in_a_fresh_process_and_accounts(tmp_path, parent, tokenize
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_a_16_bit_model_whose_embeddings_are_scaled(tmp_path, parent, tokenizer, family):
+    """The factor sqrt(24) is another number in bfloat16."""
+    folder = parent(tiny_model(family).to(torch.bfloat16))
+    model, _ = checkpoint.load(folder)
+    assert model.model.embed_tokens.embed_scale.item() == 4.90625 and model.dtype == torch.bfloat16
+    cut(model, "heads+channels", uneven)
+    out = checkpoint.save(model, tokenizer, tmp_path / "small", parent=folder, record=STAGE)
+    assert json.loads((out / "compression.json").read_text())["result"]["largest_difference"] <= 1e-5
+
+
 def test_a_save_that_does_not_reload_is_an_error(parent, tokenizer, monkeypatch):
     model = tiny_model("llama")
     folder = parent(model)

@@ -247,6 +247,10 @@ def _verify(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> flo
     length = min(24, model.config.max_position_embeddings - 4)
     ids = reload.prompt_ids(model.config.vocab_size, length).to(model.device)
     rounded = {name: tensor.to(dtype).float() for name, tensor in model.named_parameters()}
+    # Gemma's factor on embeddings is rounded to the dtype of loading, and the new process loads in fp32.
+    for name, module in model.named_modules():
+        if hasattr(module, "scalar_embed_scale"):
+            rounded[f"{name}.embed_scale"] = torch.tensor(module.scalar_embed_scale, device=model.device)
     with torch.no_grad(), evaluating(model):
         expected = torch.func.functional_call(model, rounded, (), {"input_ids": ids})[0].cpu()
     with tempfile.TemporaryDirectory() as scratch:
