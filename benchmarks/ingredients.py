@@ -105,9 +105,7 @@ def markdown(table: dict[str, Any]) -> str:
         f"| removed of layers | row | {' | '.join(texts)} |",
         f"|---|---|{'---|' * len(texts)}",
     ]
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in table["rows"]:
-        groups.setdefault((row["sparsity"], row["row"]), []).append(row["perplexity"])
+    groups = grouped(table)
     names = ["dense", *INGREDIENTS, *PEERS]
     for sparsity in sorted({sparsity for sparsity, _ in groups}):
         for name in names:
@@ -115,15 +113,34 @@ def markdown(table: dict[str, Any]) -> str:
             if group:
                 cells = [spread([row[text] for row in group], count=False) for text in texts]
                 lines.append(f"| {sparsity:.0%} | {name} | {' | '.join(cells)} |")
-        peers = [groups[sparsity, name] for name in PEERS if (sparsity, name) in groups]
-        ours = [groups[sparsity, name] for name in INGREDIENTS if (sparsity, name) in groups][-1:]
-        if ours and peers:
-            cells = []
-            for text in texts:
-                best = min(statistics.mean(row[text] for row in group) for group in peers)
-                cells.append(f"{statistics.mean(row[text] for row in ours[0]) / best:.2f}")
+        found = against_peers(table, sparsity)
+        if found:
+            cells = [f"{ours / peer:.2f}" for ours, peer, _ in found.values()]
             lines.append(f"| {sparsity:.0%} | all ingredients / best peer | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def grouped(table: dict[str, Any]) -> dict[tuple[float, str], list[dict[str, float]]]:
+    """(sparsity, row) -> perplexities of its seeds, text by text."""
+    groups: dict[tuple[float, str], list[dict[str, float]]] = {}
+    for row in table["rows"]:
+        groups.setdefault((row["sparsity"], row["row"]), []).append(row["perplexity"])
+    return groups
+
+
+def against_peers(table: dict[str, Any], sparsity: float) -> dict[str, tuple[float, float, str]]:
+    """Text -> (mean of the row with most ingredients, mean of the best peer, its name); empty if one is missing."""
+    groups = grouped(table)
+    ours = [groups[sparsity, name] for name in INGREDIENTS if (sparsity, name) in groups][-1:]
+    peers = {name: groups[sparsity, name] for name in PEERS if (sparsity, name) in groups}
+    if not ours or not peers:
+        return {}
+    found = {}
+    for text in ("WikiText-2", *table["texts"]):
+        means = {name: statistics.mean(row[text] for row in group) for name, group in peers.items()}
+        best = min(means, key=lambda name: means[name])
+        found[text] = statistics.mean(row[text] for row in ours[0]), means[best], best
+    return found
 
 
 def arguments() -> argparse.Namespace:

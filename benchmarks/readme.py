@@ -38,6 +38,8 @@ def main() -> None:
             "demo": demo,
             "peers-smollm2": best,
             "peers-smollm2-mha": best,
+            "ingredients-smollm2": against_peers,
+            "ingredients-gemma-3-270m": against_peers,
             "fold-smollm2": best_depth,
             "prune-once-minilm": best_sparse,
             "atp-legalbench": best_domain,
@@ -50,6 +52,7 @@ def main() -> None:
             "peers-smollm2": peers,
             "peers-smollm2-mha": peers,
             "ingredients-smollm2": parts_of_the_search,
+            "ingredients-gemma-3-270m": parts_of_the_search,
             "estimators-smollm2": ways,
             "search-cost": search,
             "fold-smollm2": depth,
@@ -118,6 +121,24 @@ def best(table: dict[str, Any]) -> str:
                 named = "" if method == "policy gradient" else f" ({method.removeprefix('policy gradient, ')})"
                 cells.append(f"{spread(found[method])}{named}")
         lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def against_peers(table: dict[str, Any]) -> str:
+    """Policy gradient with all its ingredients and the best peer as published, text by text."""
+    texts = ["WikiText-2", *table["texts"]]
+    lines = [
+        f"**Policy gradient, refit included, and the best peer as it was published** (no refit), {table['model']}; "
+        "perplexity at 128, and the part of the peer's:",
+        "",
+        f"| removed of layers | {' | '.join(texts)} |",
+        "|---|" + "---|" * len(texts),
+    ]
+    for sparsity in sorted({row["sparsity"] for row in table["rows"]}):
+        found = ingredients.against_peers(table, sparsity)
+        cells = [f"{ours:.1f}, {peer:.1f} ({name}): {ours / peer:.2f}" for ours, peer, name in found.values()]
+        if cells:
+            lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
