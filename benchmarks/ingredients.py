@@ -85,6 +85,9 @@ def how(name: str) -> tuple[Any, tuple[str, ...], str]:
     """A row's method, the compensations tried, and the name of its search, which several rows may share."""
     if name in INGREDIENTS:
         init, pairs, compensation, blocks, correction = INGREDIENTS[name]
+        if not pairs:
+            equal = OneShot(criterion=init, granularity="channels", scope="layer", calibration_samples=blocks)
+            return equal, (compensation,), f"{init} order, equal widths"
         method = replace(SEARCH, init=init, coarse_steps=pairs, correction=correction, calibration_samples=blocks)
         return method, (compensation,), f"{init} order, {pairs} pairs"
     method, compensations, _ = ROWS[name]
