@@ -293,7 +293,13 @@ def markdown(table: dict[str, Any]) -> str:
     rows = table["rows"]
     first = {row["task"]: row["metric"] for row in rows}
     names = [(task, metric) for task in first for metric in SHOWN.get(task, (first[task],))]
-    lines = [f"{table['model']}; {table['machine']}; test rows, mean ± standard deviation over seeds", ""]
+    how = table["settings"]
+    trained = {"all": "all weights", "head": "the head alone"}[how.get("teacher_train", "all")]
+    lines = [
+        f"{table['model']}; {table['machine']}; stage A trains {trained}, {how['teacher_steps']} steps, stage B has "
+        f"{how['steps']}; up to {how['limit']} training rows; test rows, mean ± standard deviation over seeds",
+        "",
+    ]
     lines += ["| | sparse | " + " | ".join(" ".join(of) for of in names) + " |", "|---|---|" + "---|" * len(names)]
     for label, pick in (("", lambda row: row["scores"]), (", int8 in OpenVINO", lambda row: int8_scores(row))):
         for kind in KINDS:
@@ -305,7 +311,8 @@ def markdown(table: dict[str, Any]) -> str:
                 ]
                 if any(c != "-" for c in cells):
                     lines.append(f"| {kind}{label} | {sparsity:.0%} | " + " | ".join(cells) + " |")
-    lines += ["", "Bytes on disk, in brackets how many times smaller than fp32: prunable matrices, whole model", ""]
+    if any("int8" in row for row in rows):
+        lines += ["", "Bytes on disk, in brackets how many times smaller than fp32: prunable matrices, whole model", ""]
     for kind in QUANTISED:
         for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
             made = [

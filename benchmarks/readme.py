@@ -57,6 +57,8 @@ def main() -> None:
             "search-cost": search,
             "fold-smollm2": depth,
             "prune-once-minilm": sparse,
+            "prune-once-minilm-head": sparse,
+            "prune-once-minilm-head-rows": sparse,
             "atp-legalbench": domain,
             "prune-peft-minilm": units,
         }
