@@ -117,7 +117,7 @@ def test_losses_do_not_see_padding(kind, tokens):
         wide["targets"][:, 12:] = -100
     padded = batch | wide
     for name, value in loss(student, batch).items():
-        assert float(loss(student, padded)[name]) == pytest.approx(float(value), abs=1e-5), name
+        assert float(loss(student, padded)[name].detach()) == pytest.approx(float(value.detach()), abs=1e-5), name
 
 
 def test_the_distance_of_hidden_states():
@@ -400,7 +400,8 @@ def test_student_refusals(fields, family, message, words, text):
         ({"preset": "huge"}, "preset is one of"),
         ({"sparsity": 1.5}, "between 0 and 1"),
         ({"pattern": "2:4"}, "exactly half"),
-        ({"kd_hard": 0.0, "kd_soft": 0.0}, "one above 0"),
+        ({"kd_hard": 0.0, "kd_soft": 0.0}, "hard or soft above 0"),
+        ({"kd_hidden": -1.0}, "none below 0"),
         ({"scope": "layer"}, "scope is matrix or global"),
         ({"ties": "none"}, "ties is one of"),
     ],
