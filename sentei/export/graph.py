@@ -44,7 +44,7 @@ def write(
         trust_remote_code: run the Python code that a foreign checkpoint brings along.
     Returns:
         "folder", "bytes" (of all files), "difference" (the largest of a logit between the runtime and torch, over the
-        largest logit), "tokens" (how many logits were compared after another).
+        largest logit).
     Raises:
         ValueError: `to` is another word, a package is missing, the model has no such graph, the folder was there
             already, or what the runtime computes is something else. Nothing is written then.

@@ -200,7 +200,7 @@ def _passes(method: Any, model: Any, units: Any) -> dict[str, float]:
         found["correction"] = 1.5  # the dense layers once, the cut ones half as often again
     if "coarse_steps" in values and method.compensates:
         found["mean"] = 1  # for the search
-    for score in values.get("score") or ([values["criterion"]] if "criterion" in values else method.inits):
+    for score in _scores(method):
         if score == "gates":  # forward and backward, on text of its own
             found[score] = 3 * values["gate_steps"] * values["gate_batch"] / values["calibration_samples"]
         elif score == "greedy":
@@ -213,6 +213,12 @@ def _passes(method: Any, model: Any, units: Any) -> dict[str, float]:
     return found
 
 
+def _scores(method: Any) -> list[str]:
+    """The scores that a method reads its calibration text for."""
+    values = dataclasses.asdict(method)
+    return [*(values.get("score") or ([values["criterion"]] if "criterion" in values else method.inits))]
+
+
 def _more_memory(method: Any, model: Any, units: Any, teacher: bool) -> str:
     """What comes on top of the weights and a forward."""
     from sentei import structure
@@ -220,7 +226,7 @@ def _more_memory(method: Any, model: Any, units: Any, teacher: bool) -> str:
     values = dataclasses.asdict(method)
     if not method.structural or "calibration_samples" not in values:
         return f"; {'the parent and ' if teacher else ''}the training come{'' if teacher else 's'} on top"
-    scores = {*(values.get("score") or ([values["criterion"]] if "criterion" in values else method.inits))}
+    scores = set(_scores(method))
     refits = method.compensation(model, units) == "least-squares"
     more = 0
     if refits or "wanda" in scores:  # hidden states before and after a layer; to correct it, the dense ones too

@@ -67,7 +67,7 @@ class Search:
         """Of the orders inside a layer the one that the search starts best from; no order is best for every model."""
         losses = {}
         for init, self.metric_U in metrics.items():
-            loss = self.mean(torch.tensor([self._held_loss(Allocation(self).hard())], dtype=torch.double)).item()
+            loss = self._held_loss(Allocation(self).hard())
             losses[init] = loss if math.isfinite(loss) else math.inf
         self.init = min(losses, key=lambda init: losses[init])
         self.metric_U = metrics[self.init]
@@ -262,7 +262,7 @@ class Search:
             return self.reward(self.run.model, shown)
 
     def _evaluate(self, keep_U: Tensor, step: int) -> float:
-        loss = self.mean(torch.tensor([self._held_loss(keep_U)], dtype=torch.double)).item()
+        loss = self._held_loss(keep_U)
         self.numbers["evaluations"] += 1
         if "best_loss" not in self.numbers:
             if not math.isfinite(loss):
@@ -274,14 +274,16 @@ class Search:
         return loss
 
     def _held_loss(self, keep_U: Tensor) -> float:
-        """Of this process's share of the held-out text or rows."""
+        """Of the held-out text or rows: the mean over processes, each of which takes its share."""
         held = self.held_rows if self.method.reward_data is not None else self.held
         self.numbers["held_forwards"] += math.ceil(len(held) / self.method.batch_size)
         if self.reward is not None:
-            held = self.held_rows or self.held
-            return self._reward_loss(keep_U, held[self.rank :: self.ranks] if self.held_rows else held)
-        with masks.sliced(self.run.model, self.units, keep_U, self.fill):
-            return self.run.mean_loss(self.held[self.rank :: self.ranks])
+            rows = self.held_rows or self.held
+            loss = self._reward_loss(keep_U, rows[self.rank :: self.ranks] if self.held_rows else rows)
+        else:
+            with masks.sliced(self.run.model, self.units, keep_U, self.fill):
+                loss = self.run.mean_loss(self.held[self.rank :: self.ranks])
+        return self.mean(torch.tensor([loss], dtype=torch.double)).item()
 
     def _initial_metric(self, init: str) -> Tensor:
         """[U] float64, higher is better: the order inside a layer, and the start of s."""
