@@ -12,6 +12,8 @@
     random-mask       the same with random units
     atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
+    atp-refit, fixed-mask-refit       least squares at the freeze, on as many tokens as the rivals' calibration
+    taylor-refit, wanda-refit         least squares after the cut, as policy gradient does by default
     fixed-mask-healed the same teacher and tokens for the Taylor mask
     atp-last-sample, atp-threshold    the method with the final mask of the authors' code, or P(keep) >= 0.5
     atp-head-dims     the method inside heads
@@ -56,9 +58,12 @@ from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 from sentei.train import resolve_precision
 
-TWO_STAGE = ("taylor", "wanda", "policy-gradient")
-METHODS = ("dense", "dense-lora", *TWO_STAGE, "fixed-mask", "random-mask", "atp", "atp-healed")
-MORE = ("atp-near", "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform")
+TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
+METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-healed")
+MORE = (
+    "atp-near", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample",
+    "atp-threshold", "atp-head-dims", "atp-uniform",
+)  # fmt: skip
 WHOLE = ("dense", "dense-lora")
 # Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
 NO_SETTINGS = (
@@ -129,6 +134,7 @@ def method_of(args: argparse.Namespace, sparsity: float, seed: int) -> ATP:
         sparsity=sparsity, steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, template=args.template,
         loss_on=args.loss_on, seed=seed, patience=0, lr=args.lr, generator_lr=args.generator_lr,
         lora_rank=args.rank, eval_rows=args.eval_rows, slice_rows=args.slice_rows, control_every=args.control_every,
+        refit_tokens=args.calibration * args.seq_len,
     )  # fmt: skip
 
 
@@ -166,6 +172,8 @@ def make(
         "atp": {},
         "atp-healed": {"heal_steps": args.heal_steps},
         "atp-near": {"start": "taylor"},
+        "atp-refit": {"start": "taylor", "compensate": "least-squares"},
+        "fixed-mask-refit": {"mask": "taylor", "compensate": "least-squares"},
         "atp-last-sample": {"final_mask": "last_sample"},
         "atp-threshold": {"final_mask": "threshold"},
         "atp-head-dims": {"units": "head-dims+channels"},
@@ -221,7 +229,9 @@ def prune(
             coarse_steps=args.search_steps, batch_size=args.batch_size, seq_len=args.seq_len, eval_samples=8, **fields
         )
     else:
-        method = OneShot(criterion=name, scope="family" if name == "taylor" else "layer", **fields)
+        criterion, _, refits = name.partition("-")
+        scope, compensate = "family" if criterion == "taylor" else "layer", "least-squares" if refits else "none"
+        method = OneShot(criterion=criterion, scope=scope, compensate=compensate, **fields)
     method.compress(model, tokenizer, text)
     return time.monotonic() - started
 

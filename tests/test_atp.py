@@ -369,6 +369,9 @@ def test_masks_that_differ_between_processes_stop_the_run(monkeypatch):
         ({"seq_len": 2}, "seq_len"),
         ({"alpha": -1.0}, "alpha must not be below 0"),
         ({"lora_dropout": 2.0}, "lora_dropout is a fraction"),
+        ({"compensate": "mean"}, "compensate is one of"),
+        ({"compensate": "least-squares", "units": "head-dims+channels"}, "use units groups"),
+        ({"compensate": "least-squares", "zeroing": "beta"}, "dropped rows at zero"),
     ],
 )
 def test_wrong_fields(fields, words):

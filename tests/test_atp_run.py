@@ -181,7 +181,17 @@ def test_same_seed_same_model(words, examples):
 
 @pytest.mark.parametrize("stop", [3, 8, 11])
 @pytest.mark.parametrize(
-    "fields", [{}, {"zeroing": "beta"}, {"start": "taylor"}, {"mask": "taylor"}, {"mask": "random"}], ids=str
+    "fields",
+    [
+        {},
+        {"zeroing": "beta"},
+        {"start": "taylor"},
+        {"mask": "taylor"},
+        {"mask": "random"},
+        {"compensate": "least-squares"},
+        {"compensate": "least-squares", "mask": "taylor"},
+    ],
+    ids=str,
 )
 def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, tmp_path):
     """Stops in the control phase, in the ramp, and after it."""
@@ -266,6 +276,7 @@ def test_a_start_by_taylor_scores(words, examples):
         {"checkpointing": True},
         {"loss_on": "response", "group_lr_scale": 0.1},
         {"precision": "bf16"},
+        {"compensate": "least-squares"},
     ],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -362,6 +373,31 @@ def test_loss_that_is_not_finite_stops_the_run(words, examples, tmp_path, monkey
     with pytest.raises(ValueError, match=r"step 4 \(phase control, fp32\); the last good state is in"):
         short(precision="fp32").compress(model, words, examples, workdir=tmp_path)
     assert same(weights(model), before)
+
+
+def test_a_refit_at_the_freeze_does_what_lora_had_no_time_for(words, examples, taught):
+    """Two steps at a tiny rate: what differs is the refit. A run that stops after it leaves the weights alone."""
+    fields = {"steps": 2, "lr": 1e-7, "mask": "taylor", "sparsity": 0.3, "round_channels": 1, "correction": 0.0}
+    losses = {}
+    for compensate in ("none", "least-squares"):
+        record = short(compensate=compensate, **fields).compress(copy.deepcopy(taught), words, examples)
+        losses[compensate] = record["validation_loss"]
+        assert record["compensate"] == compensate
+    assert losses["least-squares"] < losses["none"] - 0.1, losses
+
+    def kill(event):
+        if event.get("step") == 1:
+            raise KeyboardInterrupt
+
+    model = copy.deepcopy(taught)
+    with pytest.raises(KeyboardInterrupt):
+        short(compensate="least-squares", **fields).compress(model, words, examples, report=kill)
+    assert same(weights(model), weights(taught))
+
+
+def test_too_few_tokens_to_refit(words, examples):
+    with pytest.raises(ValueError, match="at least 128 tokens for linears of width 64; the training rows give 120"):
+        short(compensate="least-squares", refit_tokens=120).compress(toy(), words, examples)
 
 
 def test_too_few_rows(words):

@@ -11,7 +11,8 @@ penalty empties the LoRA rows of what is to go, and the cut at the end takes awa
       minimise CE(slice) + alpha log(max(r, p) / min(r, p)), r kept and p wanted        `Tuning._decide`
    b. draw a hard mask; LoRA: base masked, LoRA free; minimise CE + beta R_GL, R_GL the
       group lasso over LoRA rows of dropped units                                       `Tuning._lora_loss`
-4. Freeze: the units with the highest logits, exactly within the budget                 `selection.top_k`
+4. Freeze: the units with the highest logits, exactly within the budget; on request a
+   least-squares refit of what reads them                                               `selection.top_k`, `Refit`
 5. Frozen phase: shrink the LoRA rows of dropped units to exact zeros, then go on       `Tuning._frozen`
    tuning the others; keep the best on held-out rows
 6. Optionally distil the tuned dense model into the masked one                          `healing.heal`
@@ -44,6 +45,7 @@ from sentei.data.examples import load as load_rows
 from sentei.methods import Progress, option
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.healing import Teacher, heal
+from sentei.methods.atp.refit import check_tokens
 from sentei.methods.atp.tuning import Data, Tuning
 from sentei.structure import Units
 from sentei.train import processes, resolve_precision
@@ -51,6 +53,7 @@ from sentei.train import processes, resolve_precision
 MASKS = ("learned", "taylor", "random", "none")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
+COMPENSATIONS = ("none", "least-squares")
 CODE, OURS = "authors' code", "ours"
 VERIFY_TOLERANCE = 1e-4
 VERIFY_TOKENS = 128
@@ -114,6 +117,16 @@ class ATP:
     round_channels: int = option(32, "keep channels in steps of this", OURS)
     round_pairs: int = option(4, "keep rotary pairs in steps of this", OURS)
     round_values: int = option(8, "keep value coordinates in steps of this", OURS)
+    compensate: str = option(
+        "none",
+        "none; least-squares: dropped rows are zero at the freeze, and o_proj and down_proj are refitted on training "
+        "rows to do without them",
+        OURS,
+    )
+    refit_tokens: int = option(16384, "least-squares: tokens of the training rows, at most", OURS)
+    correction: float = option(
+        0.3, "least-squares: share of the errors of the layers below that each refit makes good", OURS
+    )
     eval_every: int | None = option(None, "frozen steps between measurements; none: ten in the phase", OURS)
     eval_rows: int = option(64, "held-out rows of one measurement", OURS)
     patience: int = option(3, "stop after so many measurements without a better one; 0: never", OURS)
@@ -166,6 +179,7 @@ class ATP:
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
             ("mask_in_loss", ("soft", "hard")), ("start", ("dense", "taylor")), ("precision", ("auto", "fp32", "bf16")),
+            ("compensate", COMPENSATIONS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
@@ -178,13 +192,22 @@ class ATP:
             raise ValueError(f"shape=uniform counts units by rank; final_mask={self.final_mask} does not: use topk")
         if self.heal_steps and self.mask == "none":
             raise ValueError("mask=none removes nothing, so there is nothing to heal; leave heal_steps at 0")
+        if self.compensate != "none":
+            if self.units != "groups+channels":
+                raise ValueError("compensate refits linears that read whole heads; use units groups+channels")
+            if self.zeroing == "beta" or self.heal_steps:
+                raise ValueError(
+                    "compensate needs dropped rows at zero when the mask is frozen (zeroing=beta), and changes the "
+                    "dense weights that the teacher of heal_steps shares: leave both"
+                )
         positive = ("accumulate", "lora_rank", "lr", "generator_lr", "temperature", "control_every", "round_channels",
-                    "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature")  # fmt: skip
+                    "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature",
+                    "refit_tokens")  # fmt: skip
         for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}")
-        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight"):
+        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight", "correction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a fraction, from 0 to 1; got {getattr(self, name)}")
         if self.mask == "learned" and not 0 < self.control_fraction < 1:
@@ -231,6 +254,8 @@ class ATP:
         floors = self._floors(units)
         self.select(torch.zeros(len(units)), units)
         data, counts = self._data(tokenizer, examples)
+        if self.compensate != "none":
+            check_tokens(self, model, units, data.train)
         before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         sizes = structure.layer_parameters(model), structure.total_parameters(model)
         _refuse_sharding()
@@ -275,6 +300,8 @@ class ATP:
         except BaseException:
             book.remove()
             lora.detach(model, adapted, merge=False)
+            if run is not None:
+                run.refit.undo()
             _restore(model, before)
             raise
         book.remove()
@@ -289,7 +316,7 @@ class ATP:
         removed = units.removed_parameters(keep_U)
         return {
             "kept": structure.kept(units, keep_U),
-            "compensate": "none",
+            "compensate": self.compensate if dropped else "none",
             "asked_sparsity": self.sparsity if dropped else 0.0,
             "prunable_parameters": units.total,
             "removed_parameters": sizes[1] - after[1],

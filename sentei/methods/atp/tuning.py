@@ -21,6 +21,7 @@ from sentei.methods import Progress
 from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import gradients, health, ranks, selection
+from sentei.methods.atp.refit import Refit
 from sentei.methods.atp.wiring import Adapters, MaskBook
 from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
@@ -91,7 +92,8 @@ class Tuning:
         learned = method.mask == "learned"
         self.control_steps = round(method.control_fraction * data.steps) if learned else 0
         self.frozen_steps = data.steps - self.control_steps
-        gradual = learned and method.zeroing == "proximal"
+        self.refits = method.compensate != "none" and method.mask != "none"
+        gradual = learned and method.zeroing == "proximal" and not self.refits
         self.ramp = math.ceil(method.ramp * self.frozen_steps) if gradual else 0
         self.eval_every = method.eval_every or max(1, self.frozen_steps // 10)
         self.generator = decisions.Generator(units, seed=method.seed)
@@ -123,6 +125,7 @@ class Tuning:
         }
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
         self._loaded = True
+        self.refit = Refit(method, model, units, book, data.train, workdir)
         self.log = StepLog(method.log if self.processes.is_main_process else None)
         # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
         self._live = method.zeroing == "beta" and self.control_steps > 0
@@ -189,6 +192,8 @@ class Tuning:
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
             self.adapters.zero(self.state["keep"])
+            if self.refits:
+                self.refit.run(self.state["keep"])
             self.adapters.lock(self._keep())
 
     def _lora_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -242,6 +247,8 @@ class Tuning:
         if "generator" in self.state:
             self.generator.load_state_dict(self.state["generator"])
             self.generator_optimizer.load_state_dict(self.state["generator_optimizer"])
+            if self.refits and self.state["phase"] == "frozen":
+                self.refit.resume()
         if self.state["phase"] == "frozen" and self.method.mask != "none" and not self._live:
             self.adapters.lock(self._keep())
 
@@ -353,8 +360,10 @@ class Tuning:
         }
         self._set_mask(keep_U)
         state["phase"] = "frozen"
-        if method.zeroing == "immediate":
+        if method.zeroing == "immediate" or self.refits:
             state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
+            if self.refits:
+                self.refit.run(keep_U)
         elif self.ramp:
             state["zeroing"]["shrink"] = self._shrink()
         if not self._live:

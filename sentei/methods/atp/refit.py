@@ -1,0 +1,99 @@
+"""At the freeze: what stays makes up for what goes, by the least-squares refit of the other structural methods.
+
+Not in the paper. LoRA has a few hundred steps to make up for a third of the model; the refit takes one pass over some
+of the same rows, and leaves LoRA the rest. Dropped rows of the adapters must be zero.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sentei import structure
+from sentei.atomic import replacing
+from sentei.data.prompts import Encoded
+from sentei.importance import refit, refit_tokens
+from sentei.methods.atp.ranks import shared
+from sentei.methods.atp.wiring import MaskBook
+from sentei.structure import Units
+from sentei.train import evaluating, processes
+
+if TYPE_CHECKING:
+    from sentei.methods.atp import ATP
+
+FILE = "refit.safetensors"  # in the work folder: the checkpoints of a run hold no weights of the base
+
+
+def check_tokens(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> None:
+    """Raises ValueError where the training rows are too few for the widest linear; before anything is trained."""
+    needed, given = refit_tokens(model, units), _blocks(method, rows).numel()
+    if given < needed:
+        raise ValueError(
+            f"compensate=least-squares needs at least {needed:,} tokens for linears of width {needed // 2}; the "
+            f"training rows give {given:,}: add rows, raise refit_tokens, or leave it"
+        )
+
+
+def _blocks(method: ATP, rows: Encoded) -> Tensor:
+    """The first training rows one after the other, cut into [N, T] blocks of at most `seq_len` tokens."""
+    flat = torch.tensor([token for ids in rows.ids for token in ids][: method.refit_tokens])
+    length = min(method.seq_len, len(flat))
+    return flat[: len(flat) // length * length].view(-1, length)
+
+
+class Refit:
+    """New weights in place of those that read dropped units; the old ones are kept until the run is over."""
+
+    def __init__(self, method: ATP, model: Any, units: Units, book: MaskBook, rows: Encoded, workdir: Path | None):
+        self.method, self.model, self.units, self.book, self.rows = method, model, units, book, rows
+        self.file = workdir / FILE if workdir else None
+        self._old: dict[str, tuple[nn.Linear, nn.Parameter]] = {}
+
+    def run(self, keep_U: Tensor) -> None:
+        self._prepare()
+        with evaluating(self.model), self.book.using("off"):  # dropped columns are zero, in the adapters too
+            refit(
+                self.model,
+                self.units,
+                keep_U,
+                _blocks(self.method, self.rows),
+                correction=self.method.correction,
+                with_bias=False,
+            )
+        with torch.no_grad():
+            for linear, _ in self._old.values():
+                linear.weight.copy_(shared(linear.weight.data))
+        if self.file is not None and processes().is_main_process:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.file) as part:
+                save_file({name: linear.weight.data for name, (linear, _) in self._old.items()}, part)
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        assert self.file is not None
+        self._prepare()
+        for name, weight in load_file(self.file).items():
+            self._old[name][0].weight.copy_(weight)
+
+    def undo(self) -> None:
+        for linear, weight in self._old.values():
+            linear.weight = weight
+        self._old = {}
+
+    def _prepare(self) -> None:
+        """A second copy of every linear that reads units, for the refit to write into."""
+        self.undo()
+        row = structure.family(self.model)
+        for number, layer in enumerate(structure.layers(self.model)):
+            for kind in self.units.granularity:
+                wrapped = structure.reader(layer, row, kind)
+                if isinstance(wrapped, LoraLayer):
+                    linear = wrapped.get_base_layer()
+                    assert isinstance(linear, nn.Linear)
+                    self._old[f"{number}.{kind}"] = linear, linear.weight
+                    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
