@@ -52,7 +52,7 @@ class Refit:
     def __init__(self, method: ATP, model: Any, units: Units, book: MaskBook, rows: Encoded, workdir: Path | None):
         self.method, self.model, self.units, self.book, self.rows = method, model, units, book, rows
         self.file = workdir / FILE if workdir else None
-        self._old: dict[str, tuple[nn.Linear, nn.Parameter]] = {}
+        self._old: dict[str, tuple[nn.Linear, Tensor]] = {}
 
     def run(self, keep_U: Tensor) -> None:
         self._prepare()
