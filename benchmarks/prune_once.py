@@ -9,7 +9,10 @@ Every row has the same corpus, teacher, tokens, tokenizer and transfer recipe:
 dense            A's output, fine-tuned at a usual dense rate: the task teacher of all others
 dense, same ...  A's output, fine-tuned with the teacher by the recipe of the sparse rows: what they are held against
 prune once       the method: pruned in pre-training with the teacher, pattern locked; then int8
-1x4              the same in blocks of four
+..., hidden ...  the same, hidden states in its loss
+..., fitted      that, from a start that is fitted to the teacher by least squares at the final sparsity
+fitted alone     this start, without the pre-training
+1x4              the method in blocks of four
 one-shot         (a) A's output pruned at once by magnitude, then fine-tuned with the pattern locked
 random           the same with a random pattern of the same sparsity: the floor
 no distillation  (b) pruned in pre-training without the teacher
@@ -45,6 +48,8 @@ KINDS = (
     "dense, same recipe",
     "prune once",
     "prune once, hidden states too",
+    "prune once, fitted",
+    "fitted alone",
     "1x4",
     "one-shot",
     "random",
@@ -53,10 +58,8 @@ KINDS = (
     "small dense",
 )
 GIVEN = ("data", "text_field")  # to `compress`, not to the method
-SPARSE = ("prune once", "prune once, hidden states too", "1x4", "one-shot", "random", "no distillation", "per task")
-
-
-QUANTISED = SPARSE[:3]
+SPARSE = tuple(kind for kind in KINDS if not kind.startswith("dense") and kind != "small dense")
+QUANTISED = ("prune once", "prune once, hidden states too", "prune once, fitted", "1x4")
 
 
 def tasks(root: Path) -> dict[str, dict[str, Any]]:
@@ -225,8 +228,12 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
     fields = pretraining(args) | {"steps": args.steps, "sparsity": sparsity}
     if kind == "1x4":
         fields["pattern"] = "1x4"
-    if kind == "prune once, hidden states too":
+    if kind in ("prune once, hidden states too", "prune once, fitted"):
         fields["kd_hidden"] = args.kd_hidden
+    if "fitted" in kind:
+        fields["start"] = "fit"
+    if kind == "fitted alone":
+        fields |= {"steps": 1, "lr": 1e-12}
     if kind == "no distillation":
         fields |= {"kd_hard": 1.0, "kd_soft": 0.0}
     return once(place, lambda: sentei.compress(teacher, method="prune_once_student", out=place, **fields))

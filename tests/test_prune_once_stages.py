@@ -16,7 +16,8 @@ import sentei
 from sentei import checkpoint, data, structure
 from sentei.checkpoint import sparse
 from sentei.distill import Distillation, HiddenDistillation, hidden_loss
-from sentei.methods.prune_once import lock, pretrain
+from sentei.importance import SecondMoments
+from sentei.methods.prune_once import fit, lock, pattern, pretrain
 from sentei.methods.prune_once.next_sentence import NextSentence, pairs
 from sentei.methods.prune_once.pretrain import Student, Teacher, masked_rows
 from sentei.methods.prune_once.tasks import Task, TaskLoss
@@ -228,6 +229,9 @@ def test_student_of_each_family(family, words, text):
         {"scope": "global"},
         {"ties": "paper"},
         {"regrow": False},
+        {"start": "fit"},
+        {"start": "fit", "pattern": "1x4"},
+        {"start": "fit", "pattern": "2:4", "sparsity": 0.5},
     ],
     ids=str,
 )
@@ -277,23 +281,66 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [30, 70, 90])
-def test_killed_student_goes_on(at, words, text, tmp_path):
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3_text", "phi3"])
+def test_a_fitted_start(family, words, text):
+    """Nearer to the teacher than what magnitudes leave, exactly as sparse, and zeros of one sign."""
+    model, cut, teacher = tiny_model(family), tiny_model(family), tiny_model(family)
+    method = Student(steps=1, lr=1e-12, sparsity=0.6, start="fit", **{k: v for k, v in FEW.items() if k != "lr"})
+    record = method.compress(model, words, text)
+    matrices = lock.prunable(cut)
+    masks = record["saving"]["masks"]
+    assert set(masks) == set(matrices)
+    for name, p in model.named_parameters():
+        if name in masks:
+            assert int((~masks[name]).sum()) == int(0.6 * p.numel())
+            assert not p[~masks[name]].any() and not torch.signbit(p[~masks[name]]).any()
+    ids = data.blocks(text.validation, words, 16)
+
+    def distance(of):
+        with torch.no_grad():
+            ours, theirs = (structure.base_model(m)(input_ids=ids).last_hidden_state for m in (of, teacher))
+        return float((ours - theirs).square().sum() / theirs.square().sum())
+
+    with lock.Lock(matrices, pattern.masks({name: p.detach() for name, p in matrices.items()}, 0.6)):
+        assert distance(model) < 0.7 * distance(cut), (distance(model), distance(cut))
+
+
+def test_the_fit_is_the_least_squares_answer():
+    """Against `lstsq` of each output alone, with the mean of the inputs taken out for the bias."""
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(200, 6, generator=generator) + 1.0, torch.randn(200, 3, generator=generator)
+    linear = torch.nn.Linear(6, 3).double()
+    seen = SecondMoments(6, lambda of: target[of] - linear(x[of].double()).float())
+    for rows in x.split(50):
+        seen(rows)
+    covariance, wanted, mean, shift = seen.normal_equations(linear.weight.detach(), with_bias=True)
+    keep = torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    found = fit._least_squares(covariance, wanted, keep)
+    bias = linear.bias + shift - found @ mean
+    for number, kept in enumerate(keep):
+        inputs = torch.cat([x[:, kept], torch.ones(200, 1)], 1).double()
+        expected = torch.linalg.lstsq(inputs, target[:, number].double()).solution
+        assert torch.allclose(torch.cat([found[number, kept], bias[number : number + 1]]), expected, atol=1e-4)
+        assert not found[number, ~kept].any()
+
+
+@pytest.mark.parametrize(("at", "fields"), [(30, {}), (70, {}), (90, {}), (30, {"start": "fit"})])
+def test_killed_student_goes_on(at, fields, words, text, tmp_path):
     """To the bit: weights, masks and dormant values."""
-    method = Student(steps=100, sparsity=0.7, save_every=20, **FEW)
+    method = Student(steps=100, sparsity=0.7, save_every=20, **FEW, **fields)
     whole = tiny_model("bert")
     record = method.compress(whole, words, text, workdir=tmp_path / "whole")
 
     def kill(event):
-        if event["step"] == at:
+        if event.get("step") == at:
             raise Killed
 
     with suppress(Killed):
         method.compress(tiny_model("bert"), words, text, workdir=tmp_path / "cut", report=kill)
     resumed = tiny_model("bert")
     seen = []
-    again = method.compress(resumed, words, text, workdir=tmp_path / "cut", report=lambda e: seen.append(e["step"]))
-    assert seen[0] == at // 20 * 20 + 1
+    again = method.compress(resumed, words, text, workdir=tmp_path / "cut", report=lambda e: seen.append(e.get("step")))
+    assert next(step for step in seen if step) == at // 20 * 20 + 1
     assert again["mask_sha256"] == record["mask_sha256"]
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -404,6 +451,9 @@ def test_student_refusals(fields, family, message, words, text):
         ({"kd_hidden": -1.0}, "none below 0"),
         ({"scope": "layer"}, "scope is matrix or global"),
         ({"ties": "none"}, "ties is one of"),
+        ({"start": "sparse"}, "start is dense or fit"),
+        ({"start": "fit", "scope": "global"}, "one block after the other"),
+        ({"start": "fit", "fit_tokens": 0}, "fit_tokens must be at least 1"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -15,6 +15,7 @@ Shape legend: U units, N blocks of text, B batch, T tokens, H hidden width, W in
 """
 
 from sentei.importance.compensation import (
+    SecondMoments,
     check_refit_tokens,
     mean_bias,
     mean_fill,
@@ -34,6 +35,7 @@ from sentei.importance.scores import (
 __all__ = [
     "Moments",
     "Replay",
+    "SecondMoments",
     "Tick",
     "block_influence",
     "check_refit_tokens",

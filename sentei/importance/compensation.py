@@ -47,8 +47,8 @@ def _dropped_columns(layer: nn.Module, row: Family, units: Units, keep_U: Tensor
     return structure.columns(structure.sizes_of(layer, row), kind, units.index_U[of][~keep_U[of]])
 
 
-class _Second:
-    """First and second moments of a reading linear's inputs, in float64; of an error beside them, if there is one.
+class SecondMoments:
+    """First and second moments of a linear's inputs, in float64; of an error beside them, if there is one.
 
     Args:
         error: called with the tokens of a batch, as a slice; [T, H] what the output should be moved by there.
@@ -70,6 +70,25 @@ class _Second:
         self.count += len(x_TW)
         self.xx += (x_TW.T @ x_TW).double().cpu()
         self.x += x_TW.sum(0).double().cpu()
+
+    def normal_equations(self, old_HW: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What W' of min |W x + e - W' x - b|^2 solves: W' covariance [W, W] = wanted [H, W].
+
+        Without a bias moments stand for the covariance. The bias is wanted_mean [H] - W' mean [W].
+
+        Args:
+            old_HW: W, in float64 on the CPU.
+        Returns:
+            (covariance, wanted, mean, wanted_mean).
+        """
+        mean_W = self.x / self.count * with_bias
+        covariance = self.xx / self.count - torch.outer(mean_W, mean_W)
+        wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W
+        if self.error is not None:
+            mean_H = self.e / self.count
+            wanted_HW = wanted_HW + self.ex / self.count - torch.outer(mean_H, mean_W)
+            wanted_H = wanted_H + mean_H
+        return covariance, wanted_HW, mean_W, wanted_H
 
 
 @torch.no_grad()
@@ -126,7 +145,7 @@ def refit(
                 def lack(of: slice, kind: str = kind, there: dict[str, Tensor] = streams) -> Tensor:
                     return correction * (there[kind][of] - now[kind])
 
-                seen = _Second(linear.in_features, lack if streams else None)
+                seen = SecondMoments(linear.in_features, lack if streams else None)
                 replay.watch(number, {kind: seen}, now if streams else None)
                 kept_W = torch.ones(linear.in_features, dtype=torch.bool)
                 kept_W[dropped_K] = False
@@ -157,16 +176,12 @@ def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
         )
 
 
-def _solve(weight_HW: Tensor, kept_W: Tensor, seen: _Second, ridge: float, with_bias: bool) -> tuple[Tensor, Tensor]:
+def _solve(
+    weight_HW: Tensor, kept_W: Tensor, seen: SecondMoments, ridge: float, with_bias: bool
+) -> tuple[Tensor, Tensor]:
     """The refitted weight, zero in dropped columns, and the bias that goes with it."""
     old_HW = weight_HW.double().cpu()
-    mean_W = seen.x / seen.count * with_bias
-    covariance = seen.xx / seen.count - torch.outer(mean_W, mean_W)
-    wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W  # covariance of what is asked for, with x; its mean
-    if seen.error is not None:
-        mean_H = seen.e / seen.count
-        wanted_HW = wanted_HW + seen.ex / seen.count - torch.outer(mean_H, mean_W)
-        wanted_H = wanted_H + mean_H
+    covariance, wanted_HW, mean_W, wanted_H = seen.normal_equations(old_HW, with_bias)
     inside = covariance[kept_W][:, kept_W]
     new_HW = torch.zeros_like(old_HW)
     if kept_W.any():

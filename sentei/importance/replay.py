@@ -62,8 +62,11 @@ class Replay:
 
         return hook
 
-    def _run(self, number: int, now: dict[str, Tensor] | None = None) -> Iterator[Tensor]:
-        """`now`, if given, is told of each batch: kind -> [T, H] the stream that the sub-layer's output is added to."""
+    def run(self, number: int, now: dict[str, Tensor] | None = None) -> Iterator[Tensor]:
+        """The outputs of a layer as it is now, batch by batch.
+
+        `now`, if given, is told of each batch: kind -> [T, H] the stream that the sub-layer's output is added to.
+        """
         with ExitStack() as stack, torch.no_grad():
             if now is not None:
                 tell = lambda module, inputs: now.update(channels=inputs[0].flatten(0, 1))  # noqa: E731
@@ -76,21 +79,21 @@ class Replay:
                 yield self.layers[number](hidden, *args, **kwargs)
 
     def advance(self, number: int) -> None:
-        for i, output in enumerate(self._run(number)):
+        for i, output in enumerate(self.run(number)):
             self.hidden[i] = output
 
     def watch(
         self, number: int, see: dict[str, Callable[[Tensor], None]], now: dict[str, Tensor] | None = None
     ) -> None:
         with watching(self.layers[number], self.row, see):
-            for _ in self._run(number, now):
+            for _ in self.run(number, now):
                 pass
 
     def streams(self, number: int) -> dict[str, Tensor]:
         """Advances; kind -> [tokens, H] the residual stream that the sub-layer's output was added to."""
         now: dict[str, Tensor] = {}
         found: dict[str, list[Tensor]] = {"heads": [], "channels": []}
-        for i, output in enumerate(self._run(number, now)):
+        for i, output in enumerate(self.run(number, now)):
             self.hidden[i] = output
             for kind, of in found.items():
                 of.append(now[kind])

@@ -2,7 +2,8 @@
 
 A. `Teacher`: train the dense language model on the pruning corpus, so that it is at home there. A headless encoder gets
    a masked-language-model head.
-B. `Student`, which starts as a copy of the teacher. After optimiser step t, every few steps while pruning:
+B. `Student`, which starts as a copy of the teacher (or, with `start="fit"`, at its final sparsity, see `fit`; its
+   pattern then stays). After optimiser step t, every few steps while pruning:
    1. sparsity s(t), a cubic rise to the target                                            `Schedule.sparsity`
    2. in every matrix the smallest |w|, dormant weights included, are removed              `pattern.masks`, `Lock.move`
    3. between two masks the zeros stay zeros                                               `Lock`
@@ -33,6 +34,7 @@ from sentei.distill import Distillation, HiddenDistillation, held_out
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once import pattern as patterns
+from sentei.methods.prune_once.fit import fit
 from sentei.methods.prune_once.next_sentence import NextSentence, pairs
 from sentei.methods.prune_once.schedule import Schedule, linear
 from sentei.train import (
@@ -277,6 +279,13 @@ class Student(Pretraining):
     max_matrix_sparsity: float = option(0.98, "scope global: no matrix loses more", "[ours]")
     ties: str = option("exact", "exact: exactly k weights go; paper: all that equal the k-th", "[ours]")
     regrow: bool = option(True, "a removed weight may come back, with its old value", "authors' code")
+    start: str = option(
+        "dense",
+        "dense: the schedule below; fit: pruned before the first step, each linear fitted to the teacher's by least "
+        "squares, then trained with this pattern",
+        "[ours]",
+    )
+    fit_tokens: int = option(16384, "start fit: tokens of the training text", "[ours]")
     prune_start: float = option(0.0, "fraction of the run at which pruning starts, t0", "authors' code")
     prune_end: float = option(0.5, "fraction at which the target is reached, t1", "authors' code")
     prune_freeze: float = option(0.8, "fraction after which the mask no longer moves, t_end", "authors' code")
@@ -298,13 +307,20 @@ class Student(Pretraining):
             raise ValueError(f"scope is matrix or global, got {self.scope!r}")
         if self.ties not in patterns.TIES:
             raise ValueError(f"ties is one of {', '.join(patterns.TIES)}; got {self.ties!r}")
+        if self.start not in ("dense", "fit"):
+            raise ValueError(f"start is dense or fit, got {self.start!r}")
+        if self.start == "fit" and (self.scope == "global" or self.include):
+            raise ValueError("start=fit prunes the linears of one block after the other; leave scope and include")
+        if self.fit_tokens < 1:
+            raise ValueError(f"fit_tokens must be at least 1, got {self.fit_tokens}")
         weights = (self.kd_hard, self.kd_soft, self.kd_hidden)
         if min(weights) < 0 or self.kd_hard + self.kd_soft == 0 or self.temperature <= 0:
             raise ValueError(
                 f"kd_hard {self.kd_hard}, kd_soft {self.kd_soft} and kd_hidden {self.kd_hidden}: none below 0, hard or "
                 f"soft above 0; temperature {self.temperature}: above 0"
             )
-        self._schedule()
+        if self.start == "dense":
+            self._schedule()
 
     def _schedule(self) -> Schedule:
         return Schedule.of(
@@ -354,12 +370,12 @@ class Student(Pretraining):
         matrices = locks.prunable(model, self.include, self.exclude)
         patterns.check(self.pattern, self.sparsity, {name: (len(p), p[0].numel()) for name, p in matrices.items()})
         batches, held = self._data(model, tokenizer, text, objective)
-        teacher = None
-        if self.kd_soft or self.kd_hidden:
-            teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        distils, fits = bool(self.kd_soft or self.kd_hidden), self.start == "fit"
+        dense = copy.deepcopy(model).eval().requires_grad_(False) if distils or fits else None
+        teacher = dense if distils else None
         stored = {name: p.dtype for name, p in matrices.items()}
         to_fp32(model)
-        schedule = self._schedule()
+        schedule = None if fits else self._schedule()
         precision = resolve_precision(self.precision, next(model.parameters()).device)
         before = self._measure(model, held, precision)
         state: dict[str, Any] = {"history": [{"step": 0, "validation_loss": before}]}
@@ -371,10 +387,18 @@ class Student(Pretraining):
         if objective == "mlm_nsp":
             loss = NextSentence(loss)
         steps = self.steps or 1
-        with locks.Lock(matrices, regrow=self.regrow) as held_zeros:
+        fitted: dict[str, Tensor] | None = None
+        if fits:  # a resumed run too, which `train` knows again by the weights that it starts from
+            assert dense is not None
+            fitted = self._fit(model.eval(), dense, matrices, tokenizer, text, report)
+            state["history"].append({"step": 0, "validation_loss": self._measure(model, held, precision)})
+        with locks.Lock(matrices, fitted, regrow=self.regrow and not fits) as held_zeros:
+            if fitted is not None:
+                check_ranks(held_zeros.checksum())
+                state["lock"] = held_zeros.state()
 
             def after(step: int) -> dict[str, Any]:
-                if not schedule.due(step):
+                if schedule is None or not schedule.due(step):
                     held_zeros.apply()
                     return {"sparsity": held_zeros_sparsity[0]}
                 masks = patterns.masks(
@@ -392,8 +416,10 @@ class Student(Pretraining):
                     held_zeros.restore(state["lock"])
                     held_zeros_sparsity[0] = held_zeros.sparsity
 
-            held_zeros_sparsity = [0.0]  # counting the zeros of a large model takes longer than a small step
-            rate = schedule.rate if self.rewind else (lambda t: linear(steps, schedule.warmup, t))
+            # Counting the zeros of a large model takes longer than a small step.
+            held_zeros_sparsity = [held_zeros.sparsity]
+            warmup = int(self.warmup * steps)
+            rate = schedule.rate if schedule is not None and self.rewind else (lambda t: linear(steps, warmup, t))
             self._run(
                 model, batches, held, loss, rate, state, fingerprint=repr((asdict(self), text.sha256)), after=after,
                 restored=restored, workdir=workdir, report=report,
@@ -418,6 +444,28 @@ class Student(Pretraining):
             "seconds": time.monotonic() - started,
             "saving": {"masks": masks, "zstd": self.zstd} if self.shape == "sparse" else {},
         }
+
+    def _fit(
+        self,
+        model: Any,
+        dense: Any,
+        matrices: locks.Matrices,
+        tokenizer: Any,
+        text: data.Text,
+        report: Progress | None,
+    ) -> dict[str, Tensor]:
+        """Masks of the target sparsity, and weights to go with them: the blocks by `fit`, a pooler by magnitude."""
+
+        def tick(what: str, done: int, of: int) -> None:
+            if report is not None:
+                report({"message": f"{what} {done}/{of}"})
+
+        all_NT = data.blocks(text.train, tokenizer, self.seq_len or 8)
+        count = min(len(all_NT), max(1, self.fit_tokens // all_NT.shape[1]))
+        blocks_NT = all_NT[torch.arange(count) * len(all_NT) // count]  # from everywhere in the text
+        masks = fit(model, dense, matrices, blocks_NT, self.sparsity, pattern=self.pattern, ties=self.ties, tick=tick)
+        rest = {name: p.detach() for name, p in matrices.items() if name not in masks}
+        return masks | patterns.masks(rest, self.sparsity, pattern=self.pattern, ties=self.ties)
 
 
 def masked_rows(ids_BT: Tensor, tokenizer: Any, probability: float, *, seed: int) -> Batch:
