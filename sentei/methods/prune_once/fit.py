@@ -88,27 +88,25 @@ def _in_order(replay: Replay, number: int, linears: dict[str, nn.Linear]) -> lis
 
 def _watch(ours: Replay, theirs: Replay, number: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
     """Moments of what the linears read, and of how far their outputs are from the teacher's."""
-    now: dict[str, Tensor] = {}
     seen: dict[str, SecondMoments] = {}
-    inputs: dict[str, Tensor] = {}
+    now: dict[str, tuple[Tensor, Tensor]] = {}  # path -> (input, output), each [T, ...], of the batch under way
+    wanted: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(into: dict[str, tuple[Tensor, Tensor]], path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            into[path] = inputs[0].flatten(0, -2), output.flatten(0, -2)
+
+        return hook
+
     with ExitStack() as stack:
-
-        def keep(into: dict[str, Tensor], path: str, output: bool) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor], *result: Tensor) -> None:
-                into[path] = (result[0] if output else args[0]).flatten(0, -2)
-
-            return hook
-
-        outputs: dict[str, Tensor] = {}
         for path, linear in linears.items():
-            seen[path] = SecondMoments(linear.in_features, lambda of, path=path: now[path] - outputs[path])
+            seen[path] = SecondMoments(linear.in_features, lambda of, path=path: wanted[path][1] - now[path][1])
             taught = theirs.layers[number].get_submodule(path)
-            stack.callback(linear.register_forward_pre_hook(keep(inputs, path, output=False)).remove)
-            stack.callback(linear.register_forward_hook(keep(outputs, path, output=True)).remove)
-            stack.callback(taught.register_forward_hook(keep(now, path, output=True)).remove)
+            stack.callback(linear.register_forward_hook(keep(now, path)).remove)
+            stack.callback(taught.register_forward_hook(keep(wanted, path)).remove)
         for _ in zip(ours.run(number), theirs.run(number), strict=True):
             for path in linears:
-                seen[path](inputs[path])
+                seen[path](now[path][0])
     return seen
 
 
@@ -132,7 +130,7 @@ def _prune(linear: nn.Linear, seen: SecondMoments, sparsity: float, pattern: str
 
 
 def _least_squares(left_II: Tensor, right_OI: Tensor, keep_OI: Tensor) -> Tensor:
-    """Each output's weights with zeros where nothing is kept."""
+    """Each output's weights, with zeros where nothing is kept."""
     new_OI = torch.zeros_like(right_OI)
     for number, keep_I in enumerate(keep_OI):
         at_K = keep_I.nonzero().flatten()
