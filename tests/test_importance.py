@@ -111,7 +111,7 @@ def test_solve_matches_direct_least_squares():
     x = torch.randn(200, 6, generator=generator).double() @ mixing + 0.5
     weight = torch.randn(3, 6, generator=generator).double()
     kept = torch.tensor([True, True, False, True, True, False])
-    seen = compensation._Second(6)
+    seen = compensation.SecondMoments(6)
     seen(x)
     new, shift = compensation._solve(weight, kept, seen, 0.0, True)
     design = torch.cat([x[:, kept], torch.ones(200, 1).double()], 1)
@@ -156,7 +156,7 @@ def test_a_correction_by_least_squares():
     error = (5 * x[:, :1] - x[:, 2:] + 7).expand(200, 2)
     weight = torch.randn(2, 3, generator=random)
     kept = torch.tensor([True, True, False])
-    seen = compensation._Second(3, lambda tokens: 0.5 * error[tokens])
+    seen = compensation.SecondMoments(3, lambda tokens: 0.5 * error[tokens])
     seen(x[:120])
     seen(x[120:])
     found, shift = compensation._solve(weight, kept, seen, 1e-12, True)
