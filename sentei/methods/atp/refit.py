@@ -6,6 +6,7 @@ of the same rows, and leaves LoRA the rest. Dropped rows of the adapters must be
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def check_tokens(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> 
 
 def _blocks(method: ATP, rows: Encoded) -> Tensor:
     """The first training rows one after the other, cut into [N, T] blocks of at most `seq_len` tokens."""
-    flat = torch.tensor([token for ids in rows.ids for token in ids][: method.refit_tokens])
+    flat = torch.tensor([*islice(chain.from_iterable(rows.ids), method.refit_tokens)])
     length = min(method.seq_len, len(flat))
     return flat[: len(flat) // length * length].view(-1, length)
 

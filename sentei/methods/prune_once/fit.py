@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -69,21 +69,13 @@ def fit(
 
 def _in_order(replay: Replay, number: int, linears: dict[str, nn.Linear]) -> list[list[str]]:
     """The linears as they run, those that read the same tensor together."""
-    found: list[list[str]] = []
-    last: list[Any] = [None]
+    read: list[tuple[str, Tensor]] = []
     with ExitStack() as stack:
         for path, linear in linears.items():
-
-            def see(module: nn.Module, inputs: tuple[Tensor], path: str = path) -> None:
-                if inputs[0] is last[0]:
-                    found[-1].append(path)
-                else:
-                    found.append([path])
-                last[0] = inputs[0]
-
+            see = lambda module, inputs, path=path: read.append((path, inputs[0]))  # noqa: E731
             stack.callback(linear.register_forward_pre_hook(see).remove)
         next(replay.run(number))
-    return found
+    return [[path for path, _ in group] for _, group in groupby(read, key=lambda of: id(of[1]))]
 
 
 def _watch(ours: Replay, theirs: Replay, number: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:

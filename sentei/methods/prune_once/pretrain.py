@@ -392,6 +392,7 @@ class Student(Pretraining):
             assert dense is not None
             fitted = self._fit(model.eval(), dense, matrices, tokenizer, text, report)
             state["history"].append({"step": 0, "validation_loss": self._measure(model, held, precision)})
+        del dense  # where nothing is distilled it has had its use
         with locks.Lock(matrices, fitted, regrow=self.regrow and not fits) as held_zeros:
             if fitted is not None:
                 check_ranks(held_zeros.checksum())
