@@ -7,7 +7,8 @@
 
 A row stores at most the asked fraction of the blocks' parameters, corrections included. All rows of a seed calibrate,
 heal and are judged on the same blocks of text; healing trains the same kind of parameters in each (adapters of one rank
-on all stored linears, and in folded models what is a layer's own). Rows are written as they are made; a second run with
+on all stored linears, and in folded models what is a layer's own). "Not fitted" rows leave out the least-squares fit
+of what is a layer's own, which has no part in removal. Rows are written as they are made; a second run with
 the same settings goes on inside the row where the first was stopped (its seconds are then those of the last sitting).
 `--weigh` saves every unhealed row and times it against the dense model, and a folded one against itself unfolded.
 """
@@ -35,6 +36,7 @@ from sentei.atomic import replacing
 from sentei.greedy import greedy
 from sentei.methods.fold_gpt import FoldGPT, healing, ranking
 
+NOT_FITTED = ", not fitted"
 # name -> (score that removes, is what it drops exchanged, part of what goes that is removed; the rest is folded)
 ROWS: dict[str, tuple[str, bool, float]] = {
     "remove: block influence": ("block_influence", False, 1.0),
@@ -50,6 +52,8 @@ ROWS: dict[str, tuple[str, bool, float]] = {
     "block influence + fold, half and half": ("block_influence", True, 0.5),
     "greedy + fold, half and half": ("greedy", False, 0.5),
 }
+# Rows that fold, with the corrections as the plan leaves them.
+ROWS |= {f"{name}{NOT_FITTED}": row for name, row in ROWS.items() if row[2] < 1}
 # What may differ between two runs that add rows to one table.
 FREE = ("model", "data", "test", "out", "work", "markdown", "small", "weigh", "rows", "stored", "seeds", "heal")
 
@@ -163,6 +167,7 @@ def row_method(name: str, stored: float, seed: int, args: argparse.Namespace) ->
         calibration_samples=args.calibration,
         calibration_seq_len=args.tokens,
         fold_samples=args.fold_samples,
+        fit_samples=0 if name.endswith(NOT_FITTED) else args.fit_samples,
         heal_steps=max(1, args.heal_steps),
         heal_lora_rank=args.heal_rank,
         heal_lr=args.heal_lr,
@@ -194,7 +199,7 @@ def prune(run: Any, table: dict[str, Any], out: Path) -> tuple[Any, dict[str, An
     if method.folds:
         folded = method.fold(run, dense, origin)
         if folded is not None:
-            row |= {key: folded[key] for key in ("groups", "fold_seconds", "measurements", "saved_parameters")}
+            row |= {key: folded[key] for key in ("groups", "fit", "fold_seconds", "measurements", "saved_parameters")}
     row["parameters"] = structure.total_parameters(model)
     row["stored_of_layers"] = structure.layer_parameters(model) / structure.layer_parameters(dense)
     row["stored_of_model"] = row["parameters"] / structure.total_parameters(dense)
@@ -333,6 +338,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gate-batch", type=int, default=8)
     parser.add_argument("--exchange", type=int, default=8, help="trials of rows that exchange what they drop")
     parser.add_argument("--fold-samples", type=int, default=16)
+    parser.add_argument(
+        "--fit-samples", type=int, default=64, help="blocks that folded layers' corrections are fitted on"
+    )
     parser.add_argument("--group-size", type=int, default=None, help="default: the smallest that reaches the rate")
     parser.add_argument("--parent", default="best")
     parser.add_argument("--plan", default="auto")

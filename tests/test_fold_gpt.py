@@ -18,6 +18,7 @@ from sentei import data, distill, folding, head_dims, masks, structure
 from sentei.folding import ChildLinear
 from sentei.importance import block_influence
 from sentei.methods.fold_gpt import FoldGPT, check, gates, healing, judge, plan
+from sentei.methods.fold_gpt.fit import fit, reduced_rank
 from sentei.methods.fold_gpt.folder import Folder
 from sentei.methods.fold_gpt.judge import Judge
 
@@ -215,6 +216,55 @@ def test_low_rank():
     a, b = judge.low_rank(delta, rms, 2)
     best = sum(torch.linalg.svdvals(delta * rms)[2:].square()).sqrt()
     torch.testing.assert_close(((b @ a - delta) * rms).norm(), best)
+
+
+def test_reduced_rank():
+    """No other matrix of that rank is nearer: held against the whitened problem, whose best answer is a plain SVD."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(50, 6, generator=generator, dtype=torch.double) * torch.tensor([5, 1, 1, 1, 0.2, 0.1])
+    t_TO = torch.randn(50, 4, generator=generator, dtype=torch.double) + x_TI[:, :4]
+    square_II, wanted_OI = x_TI.T @ x_TI / 50, t_TO.T @ x_TI / 50
+    for rank in (1, 2, 4, 9):
+        a_RI, b_OR = reduced_rank(torch.linalg.solve(square_II, wanted_OI.T).T, wanted_OI, rank)
+        assert a_RI.shape == (min(rank, 4), 6) and b_OR.shape == (4, min(rank, 4))
+        torch.testing.assert_close(a_RI.norm(dim=1), b_OR.norm(dim=0))
+        q_TI, r_II = torch.linalg.qr(x_TI)
+        u, s, v = torch.linalg.svd(q_TI.T @ t_TO, full_matrices=False)
+        best_IO = torch.linalg.solve(r_II, (u[:, :rank] * s[:rank]) @ v[:rank])
+        torch.testing.assert_close((b_OR @ a_RI).T, best_IO)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fit_finds_what_can_be_found(family, bias):
+    """Two blocks that differ by scales and a low-rank term in what their sub-layers put out: folding costs little."""
+    overrides = (
+        {"attention_bias": bias, "mlp_bias": bias} if family == "llama" else {"layer_types": ["full_attention"] * 5}
+    )
+    model = small(family=family, **overrides)
+    layers = structure.layers(model)
+    layers[3].load_state_dict(layers[2].state_dict())
+    gemma = family == "gemma3_text"
+    for path in ("self_attn.o_proj", "mlp.down_proj"):
+        linear = layers[3].get_submodule(path)
+        scale_O = torch.ones(linear.out_features) if gemma else torch.rand(linear.out_features) + 0.5
+        low_OI = 0.1 * torch.randn(linear.out_features, 2) @ torch.randn(2, linear.in_features)
+        with torch.no_grad():
+            linear.weight.copy_(scale_O[:, None] * linear.weight + low_OI)
+            if linear.bias is not None:
+                torch.nn.init.normal_(layers[2].get_submodule(path).bias)
+                linear.bias.copy_(scale_O * layers[2].get_submodule(path).bias)
+    dense = healing.aliased(model)
+    expected = logits(dense)
+    made = folder(model, scale=not gemma, align=False)
+    made._share([2, 3], 2)
+    blocks_NT = torch.randint(5, 128, (32, 12), generator=torch.Generator().manual_seed(2))
+    before = float((logits(model) - expected).abs().max())
+    how = {"ridge": 1e-9, "tick": lambda *_: None}
+    fit(made, dense, range(5), blocks_NT, correction=0.3, **how)
+    after = float((logits(model) - expected).abs().max())
+    assert after < (1e-4 if gemma else 0.25) * before, (before, after)
+    assert torch.equal(logits(dense), expected)
 
 
 def test_planner():

@@ -21,6 +21,7 @@ from sentei.importance.compensation import (
     mean_fill,
     refit,
     refit_tokens,
+    takes_correction,
 )
 from sentei.importance.replay import Moments, Replay, Tick
 from sentei.importance.scores import (
@@ -46,6 +47,7 @@ __all__ = [
     "refit",
     "refit_tokens",
     "standardised",
+    "takes_correction",
     "taylor",
     "wanda",
 ]

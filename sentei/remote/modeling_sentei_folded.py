@@ -10,6 +10,7 @@ masks and losses are the stock ones. Layers may also differ in width, by `per_la
 """
 
 import sys
+from functools import reduce
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ from .modeling_sentei import SenteiConfig, _auto_class, _decoder
 
 FAMILIES = {name: names for name, names in RESIZED.items() if name not in ("bert", "roberta", "distilbert")}
 SCALED = ("o_proj", "down_proj")  # the linears that write into the residual stream
+FEW_TOKENS = 4  # as in a step of generation
 
 
 class ChildLinear(nn.Module):
@@ -60,7 +62,7 @@ class ChildLinear(nn.Module):
         """The linear that holds the weight, or what a quantiser or an adapter has put in its place."""
         if self.base is not None:
             return self.base
-        found = self._block[0].get_submodule(self.path)
+        found = reduce(getattr, self.path.split("."), self._block[0])  # get_submodule is a tenth of a small linear
         return found.base if isinstance(found, ChildLinear) else found
 
     @property
@@ -70,8 +72,11 @@ class ChildLinear(nn.Module):
     def forward(self, x):
         y = self.shared()(x)
         if self.A is not None and self.B is not None:
-            low = nn.functional.linear(x, self.A.to(x.dtype))
-            y = y + nn.functional.linear(low, self.B.to(x.dtype))
+            # A CPU's 16-bit kernels take longer to begin with a few tokens than fp32 takes for all of it.
+            few = x.device.type == "cpu" and x.numel() <= FEW_TOKENS * self.in_features
+            dtype = torch.float32 if few else x.dtype
+            low = nn.functional.linear(x.to(dtype), self.A.to(dtype))
+            y = y + nn.functional.linear(low, self.B.to(dtype)).to(y.dtype)
         return y if self.scale is None else y * self.scale.to(y.dtype)
 
     def extra_repr(self):

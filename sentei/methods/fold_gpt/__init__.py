@@ -35,6 +35,7 @@ from sentei.distill import HiddenDistillation, check_head
 from sentei.methods import Progress, option
 from sentei.methods.fold_gpt import check, healing, plan, ranking, states
 from sentei.methods.fold_gpt.check import TARGETS
+from sentei.methods.fold_gpt.fit import fit
 from sentei.methods.fold_gpt.folder import Folder
 from sentei.methods.fold_gpt.judge import Judge
 from sentei.methods.fold_gpt.ranking import SCORES
@@ -105,6 +106,12 @@ class FoldGPT(Structural):
     scale: bool = option(True, "each folded block's own output scales; never where norms follow", "[ours]")
     align: bool = option(True, "renumber heads and channels like the parent's before weights are compared", "[ours]")
     fold_samples: int = option(16, "blocks of text for every KL of the folding plan", "[ours]")
+    fit_samples: int = option(
+        64,
+        "blocks of the text for healing, gates and scores that scales and low-rank terms of o_proj and down_proj are "
+        "fitted on, by least squares, when the plan is made; 0: not fitted",
+        "[ours], measured",
+    )
 
     heal_steps: int = option(200, "optimiser steps of the healing; 0: none", "[ours]")
     batch_size: int = option(4, "blocks of text per step of the healing", "[ours]")
@@ -152,7 +159,8 @@ class FoldGPT(Structural):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
         not_below_0 = (
-            "exchange", "protect_first", "protect_last", "lora_rank", "heal_steps", "tail_layers", "hidden_weight",
+            "exchange", "protect_first", "protect_last", "lora_rank", "fit_samples", "heal_steps", "tail_layers",
+            "hidden_weight",
         )  # fmt: skip
         for name in not_below_0:
             if getattr(self, name) < 0:
@@ -340,6 +348,7 @@ class FoldGPT(Structural):
             groups = plan.choose(folder, self.plan, need)
         except ValueError as error:
             raise ValueError(f"{error}: raise group_size, sparsity or the target, or lower lora_rank") from error
+        fitted = self._fit(folder, run, dense, origin) if self.fit_samples and groups else None
         folder.free_terms(self.seed)
         rate = self.sparsity if self.sparsity and self.score[0] == "gates" else None
         known = {"origin": origin, "base_layers": len(structure.layers(dense))}
@@ -352,9 +361,23 @@ class FoldGPT(Structural):
             "asked_parameters": None if allowed is None else before - need,
             "obtained_parameters": after,
             "singles": [folder.known[key] for key in folder.known if " " not in key],
+            "fit": fitted,
             "measurements": folder.measured,
             "fold_seconds": time.monotonic() - began,
         }
+
+    def _fit(self, folder: Folder, run: FoldRun, dense: nn.Module, origin: list[int]) -> dict[str, Any]:
+        """Fit the corrections of all folded layers; they stay where the KL on other text is lower for it."""
+        parts = [run.texts[name] for name in ("heal", "gates", "calibration") if name in run.texts]
+        blocks_NT = torch.cat(parts)[: self.fit_samples]
+        before = [folder.corrections(number) for number in range(len(folder.layers))]
+        kl = folder.judge.kl(run.model)
+        fit(folder, dense, origin, blocks_NT, ridge=self.ridge, correction=self.correction, tick=run.tick)
+        fitted = folder.judge.kl(run.model)
+        if not fitted < kl:
+            for number, corrections in enumerate(before):
+                folder.put_back(number, corrections)
+        return {"tokens": blocks_NT.numel(), "kl_before": kl, "kl_after": fitted, "kept": fitted < kl}
 
     # --- healing ----------------------------------------------------------------------------------------------------
 

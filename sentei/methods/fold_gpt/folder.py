@@ -133,19 +133,19 @@ class Folder:
             ):
                 if not wanted:
                     continue
-                before = self._corrections(number)
+                before = self.corrections(number)
                 if put(number, owner, choice, members, inputs):
                     if (other := self._kl(start, inputs)) < kl:
                         kl, choice[what] = other, True
                     else:
-                        self._put_back(number, before)
+                        self.put_back(number, before)
             for factor in FACTORS if self.scale else ():
-                before = self._corrections(number)
+                before = self.corrections(number)
                 self._multiply(number, factor / choice["factor"])
                 if (other := self._kl(start, inputs)) < kl:
                     kl, choice["factor"] = other, factor
                 else:
-                    self._put_back(number, before)
+                    self.put_back(number, before)
         return group | {"kl": kl}
 
     def apply(self, group: Group) -> None:
@@ -222,7 +222,7 @@ class Folder:
         for name, value in self.norms[of].items():
             self.layers[number].get_parameter(name).copy_(value)
 
-    def _corrections(self, number: int) -> dict[str, Tensor]:
+    def corrections(self, number: int) -> dict[str, Tensor]:
         return {
             f"{path}.{name}": p.detach().clone()
             for path, linear in folding.linears(self.layers[number]).items()
@@ -230,7 +230,7 @@ class Folder:
         }
 
     @torch.no_grad()
-    def _put_back(self, number: int, before: dict[str, Tensor]) -> None:
+    def put_back(self, number: int, before: dict[str, Tensor]) -> None:
         for name, value in before.items():
             self.layers[number].get_parameter(name).copy_(value)
 
@@ -295,7 +295,7 @@ class Folder:
             with self._own_linears(number):
                 self._set_norms(number, number)
                 own = self._outputs(number, scaled, members[0], i, inputs)
-            self._put_back(number, norms)
+            self.put_back(number, norms)
             for path in scaled:
                 u, v = own[path].double(), folded[path].double()
                 uv_O, vv_O = sums[path]
@@ -336,16 +336,32 @@ class Folder:
         return found
 
     @contextmanager
-    def _own_linears(self, number: int) -> Iterator[None]:
-        """Inside the block a layer runs with its own linears."""
-        now = folding.linears(self.layers[number])
-        for path, linear in self.original[number].items():
-            self.layers[number].set_submodule(path, linear)
+    def _own_linears(self, number: int, inside: str = "") -> Iterator[None]:
+        """Inside the block a layer, or a module inside it, runs with its own linears."""
+        now = {path: x for path, x in folding.linears(self.layers[number]).items() if path.startswith(inside)}
+        for path in now:
+            self.layers[number].set_submodule(path, self.original[number][path])
         try:
             yield
         finally:
             for path, linear in now.items():
                 self.layers[number].set_submodule(path, linear)
+
+    @contextmanager
+    def as_it_was(self, number: int, kind: str) -> Iterator[None]:
+        """Inside the block the attention ("heads") or MLP ("channels") of a layer has its own linears and norms."""
+        row = self.row
+        module, norms = (row.attention, row.attention_norms) if kind == "heads" else (row.mlp, row.mlp_norms)
+        names = [
+            name for name in self.norms[number] if name.startswith((f"{module}.", *(f"{norm}." for norm in norms)))
+        ]
+        now = {name: self.layers[number].get_parameter(name).detach().clone() for name in names}
+        with self._own_linears(number, f"{module}."), torch.no_grad():
+            self.put_back(number, {name: self.norms[number][name] for name in names})
+            try:
+                yield
+            finally:
+                self.put_back(number, now)
 
     @torch.no_grad()
     def _input_rms(self) -> list[dict[str, Tensor]]:
