@@ -12,7 +12,6 @@
     random-mask       the same with random units
     atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
-    atp-search        its masks start near the one that policy gradient finds on the training rows, and it refits
     atp-refit, fixed-mask-refit       least squares at the freeze, on as many tokens as the rivals' calibration
     taylor-refit, wanda-refit         least squares after the cut, as policy gradient does by default
     fixed-mask-healed the same teacher and tokens for the Taylor mask
@@ -62,7 +61,7 @@ from sentei.train import resolve_precision
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
 METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-healed")
 MORE = (
-    "atp-near", "atp-search", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample",
+    "atp-near", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample",
     "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
@@ -174,7 +173,6 @@ def make(
         "atp-healed": {"heal_steps": args.heal_steps},
         "atp-near": {"start": "taylor"},
         "atp-refit": {"start": "taylor", "compensate": "least-squares"},
-        "atp-search": {"start": "policy_gradient", "start_steps": args.search_steps, "compensate": "least-squares"},
         "fixed-mask-refit": {"mask": "taylor", "compensate": "least-squares"},
         "atp-last-sample": {"final_mask": "last_sample"},
         "atp-threshold": {"final_mask": "threshold"},

@@ -64,20 +64,6 @@ def test_a_start_near_the_budget(sparsity):
     assert float(p_U.min()) == pytest.approx(0.7 * math.exp(-8 * sparsity), rel=0.2)
 
 
-def test_a_start_near_a_mask():
-    """Each layer keeps of a kind what the mask keeps, its own units before others, and then by score."""
-    units = structure.units(tiny_model("llama"))
-    generator = torch.Generator().manual_seed(0)
-    score_U, keep_U = torch.rand(len(units), generator=generator), torch.rand(len(units), generator=generator) < 0.6
-    p_U = keep_probability(start_logits(score_U, units, 0.4, 3.0, keep_U), 3.0)
-    for layer in range(units.num_layers):
-        of = ((units.layer_U == layer) & (units.kind_U == 1)).nonzero().flatten()
-        assert float(p_U[of][keep_U[of]].min()) >= 0.5 > float(p_U[of][~keep_U[of]].max())
-        assert float(p_U[of].mean()) == pytest.approx(float(keep_U[of].float().mean()), abs=0.08)
-        for part in (of[keep_U[of]], of[~keep_U[of]]):
-            assert bool((p_U[part[score_U[part].argsort()]].diff() >= 0).all())
-
-
 def test_binarise_and_its_gradient():
     u = math.exp(-1)
     noise = -math.log(-math.log(u + 1e-10) + 1e-10)

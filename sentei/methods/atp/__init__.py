@@ -46,13 +46,11 @@ from sentei.methods import Progress, option
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.healing import Teacher, heal
 from sentei.methods.atp.refit import check_tokens
-from sentei.methods.atp.start import searched
 from sentei.methods.atp.tuning import Data, Tuning
 from sentei.structure import Units
 from sentei.train import processes, resolve_precision
 
 MASKS = ("learned", "taylor", "random", "none")
-STARTS = ("dense", "taylor", "policy_gradient")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
 COMPENSATIONS = ("none", "least-squares")
@@ -101,12 +99,8 @@ class ATP:
     generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
     start: str = option(
-        "dense",
-        "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model; "
-        "policy_gradient: near the mask that a search from forward passes finds for it on the same rows",
-        CODE,
+        "dense", "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model", CODE
     )
-    start_steps: int = option(50, "start=policy_gradient: steps of its search, two forwards each", OURS)
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
     offset: float = option(3.0, "added to every logit, which are near 0 at first: the run starts dense", CODE)
     mask_in_loss: str = option("soft", "what masks the model in the generator's step: soft, or hard", CODE)
@@ -129,9 +123,7 @@ class ATP:
         "rows to do without them",
         OURS,
     )
-    refit_tokens: int = option(
-        16384, "tokens of the training rows, at most: of least-squares, and of the means in start=policy_gradient", OURS
-    )
+    refit_tokens: int = option(16384, "least-squares: tokens of the training rows, at most", OURS)
     correction: float = option(
         0.3, "least-squares: share of the errors of the layers below that each refit makes good", OURS
     )
@@ -186,7 +178,7 @@ class ATP:
         for name, known in (
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
-            ("mask_in_loss", ("soft", "hard")), ("start", STARTS), ("precision", ("auto", "fp32", "bf16")),
+            ("mask_in_loss", ("soft", "hard")), ("start", ("dense", "taylor")), ("precision", ("auto", "fp32", "bf16")),
             ("compensate", COMPENSATIONS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
@@ -200,19 +192,17 @@ class ATP:
             raise ValueError(f"shape=uniform counts units by rank; final_mask={self.final_mask} does not: use topk")
         if self.heal_steps and self.mask == "none":
             raise ValueError("mask=none removes nothing, so there is nothing to heal; leave heal_steps at 0")
-        if self.units != "groups+channels" and (self.start == "policy_gradient" or self.compensate != "none"):
-            raise ValueError(
-                "start=policy_gradient searches among whole heads, and compensate refits what reads them; use units "
-                "groups+channels"
-            )
-        if self.compensate != "none" and (self.zeroing == "beta" or self.heal_steps):
-            raise ValueError(
-                "compensate needs dropped rows at zero when the mask is frozen (zeroing=beta), and changes the "
-                "dense weights that the teacher of heal_steps shares: leave both"
-            )
+        if self.compensate != "none":
+            if self.units != "groups+channels":
+                raise ValueError("compensate refits linears that read whole heads; use units groups+channels")
+            if self.zeroing == "beta" or self.heal_steps:
+                raise ValueError(
+                    "compensate needs dropped rows at zero when the mask is frozen (zeroing=beta), and changes the "
+                    "dense weights that the teacher of heal_steps shares: leave both"
+                )
         positive = ("accumulate", "lora_rank", "lr", "generator_lr", "temperature", "control_every", "round_channels",
                     "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature",
-                    "refit_tokens", "start_steps")  # fmt: skip
+                    "refit_tokens")  # fmt: skip
         for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -275,10 +265,6 @@ class ATP:
         if processes().num_processes > 1:
             device = torch.device(processes().device)  # pyright: ignore[reportArgumentType]
         model.to(device).eval()
-        near = None
-        resuming = workdir is not None and (workdir / "train.pt").exists()
-        if self.mask == "learned" and self.start == "policy_gradient" and not resuming:
-            near = searched(self, model, tokenizer, units, examples.train, workdir, report)
         precision = resolve_precision(self.precision, device)
         if precision == "fp32":  # 16-bit products are slow on such a device, and these casts are exact both ways
             _cast(model, torch.float32)
@@ -300,9 +286,8 @@ class ATP:
             if self.heal_steps:
                 taught = self._tune_teacher(model, units, floors, rows, book, data, precision, workdir, report)
             run = Tuning(
-                self, model, units, floors, book, wiring.Adapters(model, units, rows), data, precision, workdir, report,
-                near,
-            )  # fmt: skip
+                self, model, units, floors, book, wiring.Adapters(model, units, rows), data, precision, workdir, report
+            )
             account = run.run()
             keep_U = run.state["keep"]
             if self.heal_steps:

@@ -91,26 +91,17 @@ def keep_probability(logits_U: Tensor, offset: float) -> Tensor:
     return -torch.expm1(-torch.exp(logits_U.double() + offset))
 
 
-def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float, keep_U: Tensor | None = None) -> Tensor:
+def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float) -> Tensor:
     """Logits with which each kind of unit keeps about 1 - sparsity, the higher scores more surely.
 
     The worst of its kind is kept with a probability of 0.7 exp(-8 sparsity), that at the budget's border with 0.5.
-
-    Args:
-        keep_U: a mask within the budget: of each kind each layer keeps about what that keeps, and the same units first.
     """
     logits_U = torch.zeros(len(units))
     for kind in units.granularity:
-        of_kind = units.kind_U == KINDS.index(kind)
-        layers = [of_kind] if keep_U is None else [of_kind & (units.layer_U == n) for n in range(units.num_layers)]
-        for of in (chosen_U.nonzero().flatten() for chosen_U in layers):
-            order, gone = score_U[of].argsort(stable=True), sparsity
-            if keep_U is not None:
-                order = order[keep_U[of][order].long().argsort(stable=True)]
-                gone = 1 - float(keep_U[of].float().mean()) if len(of) else 0.0
-            place = torch.empty(len(of))
-            place[order] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
-            logits_U[of] = START_SLOPE * (place - gone)
+        of = (units.kind_U == KINDS.index(kind)).nonzero().flatten()
+        place = torch.empty(len(of))
+        place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
+        logits_U[of] = START_SLOPE * (place - sparsity)
     return logits_U + math.log(math.log(2)) - offset
 
 

@@ -83,7 +83,6 @@ class Tuning:
         precision: str,
         workdir: Path | None,
         report: Progress | None,
-        near: tuple[Tensor, dict[str, Any]] | None = None,
     ):
         self.method, self.model, self.units, self.floors = method, model, units, floors
         self.book, self.adapters, self.data = book, adapters, data
@@ -124,9 +123,6 @@ class Tuning:
             "zeroing": {},
             "peak_lasso": 0.0,
         }
-        self._near_U: Tensor | None = None
-        if near is not None:
-            self._near_U, self.state["start"] = near
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
         self._loaded = True
         self.refit = Refit(method, model, units, book, data.train, workdir)
@@ -189,11 +185,9 @@ class Tuning:
 
     def _begin(self) -> None:
         if self.control_steps:
-            if self.method.start != "dense":
+            if self.method.start == "taylor":
                 score_U, method = self._taylor(), self.method
-                self.generator.start_U = decisions.start_logits(
-                    score_U, self.units, method.sparsity, method.offset, self._near_U
-                )
+                self.generator.start_U = decisions.start_logits(score_U, self.units, method.sparsity, method.offset)
             self._decide(0)
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
@@ -424,7 +418,6 @@ class Tuning:
         self.adapters.zero(keep_U)
         last = state["history"][-1] if state["history"] else {}
         return {
-            "start": state.get("start", {}),
             "steps": last.get("step", 0),
             "lora_tokens": last.get("lora_tokens", 0),
             "slice_tokens": state["slice_tokens"],
