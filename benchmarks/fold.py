@@ -3,6 +3,7 @@
     python benchmarks/fold.py --out results/fold-smollm2.json --stored 0.8 0.7 0.6 0.5
     python benchmarks/fold.py --out results/fold-smollm2.json --small            # minutes: does it work?
     python benchmarks/fold.py --out results/fold-smollm2.json --weigh            # bytes, resident memory, tokens/s
+    python benchmarks/fold.py --out results/fold-smollm2.json --latency 25       # folded and unfolded, one process
     python benchmarks/fold.py --out results/fold-smollm2.json --markdown
 
 A row stores at most the asked fraction of the blocks' parameters, corrections included. All rows of a seed calibrate,
@@ -36,6 +37,7 @@ from sentei.atomic import replacing
 from sentei.greedy import greedy
 from sentei.methods.fold_gpt import FoldGPT, healing, ranking
 
+SPEEDS = ("prefill", "decode")
 NOT_FITTED = ", not fitted"
 # name -> (score that removes, is what it drops exchanged, part of what goes that is removed; the rest is folded)
 ROWS: dict[str, tuple[str, bool, float]] = {
@@ -55,7 +57,21 @@ ROWS: dict[str, tuple[str, bool, float]] = {
 # Rows that fold, with the corrections as the plan leaves them.
 ROWS |= {f"{name}{NOT_FITTED}": row for name, row in ROWS.items() if row[2] < 1}
 # What may differ between two runs that add rows to one table.
-FREE = ("model", "data", "test", "out", "work", "markdown", "small", "weigh", "rows", "stored", "seeds", "heal")
+FREE = (
+    "model",
+    "data",
+    "test",
+    "out",
+    "work",
+    "markdown",
+    "small",
+    "weigh",
+    "latency",
+    "rows",
+    "stored",
+    "seeds",
+    "heal",
+)
 
 
 def main() -> None:
@@ -75,6 +91,10 @@ def main() -> None:
         "dtype": str(next(model.parameters()).dtype),
     }
     table = tables.resumed(out, made_with, rows=[], greedy={}, weights=[]) | tables.made_on()
+    if args.latency:
+        table.setdefault("latency", []).append(latency(model, table, args))
+        write(out, table)
+        return
     texts: dict[int, dict[str, torch.Tensor]] = {}
 
     def put(row: dict[str, Any]) -> None:
@@ -117,7 +137,7 @@ def main() -> None:
                     started = time.monotonic()
                     record = method.heal(run, dense, row["origin"], folding.is_folded(small))
                     spent = {"heal_seconds": time.monotonic() - started, "heal_tokens": record["tokens"]}
-                    spent |= {"heal_trained": record["trained_parameters"]}
+                    spent |= {"heal_trained": record["trained_parameters"], "heal_held_loss": record["loss_after"]}
                     put(row | {"healed": True} | spent | quality(small, tokenizer, args))
                 shutil.rmtree(place, ignore_errors=True)
 
@@ -262,6 +282,47 @@ def weigh(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any
     return found
 
 
+@torch.inference_mode()
+def latency(model: Any, table: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Speed of a model folded like the table's row at the first rate, as part of its own unfolded, in turns.
+
+    Both live in one process: between processes the decode speed of one model differs by a tenth. Corrections are drawn
+    at random; they take as long as any others.
+    """
+    stored = args.stored[0]
+    groups = next(row["groups"] for row in table["rows"] if row["row"].startswith("fold") and row["stored"] == stored)
+    small = copy.deepcopy(model)
+    for group in groups:
+        folding.fold(small, group["members"], group["owner"], rank=args.lora_rank, scale=args.scale)
+    for module in small.modules():
+        if isinstance(module, folding.ChildLinear) and module.A is not None and module.B is not None:
+            torch.nn.init.normal_(module.A, std=0.01)
+            torch.nn.init.normal_(module.B, std=0.01)
+    plain = copy.deepcopy(small)
+    folding.unfold(plain)
+    prompt = torch.randint(100, 1000, (1, args.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    speed: dict[str, list[float]] = {name: [] for name in SPEEDS}
+    for number in range(args.latency + 1):
+        seconds = []
+        for of in (small, plain) if number % 2 else (plain, small):
+            began = time.perf_counter()
+            past = of(prompt, use_cache=True).past_key_values
+            middle = time.perf_counter()
+            for _ in range(8):
+                past = of(prompt[:, -1:], past_key_values=past, use_cache=True).past_key_values
+            seconds.append((middle - began, time.perf_counter() - middle))
+        if number:  # the first round warms up
+            folded, unfolded = seconds if number % 2 else reversed(seconds)
+            for name, a, b in zip(speed, unfolded, folded, strict=True):
+                speed[name].append(a / b)
+    found: dict[str, Any] = {"stored": stored, "folded_layers": len(groups), "threads": torch.get_num_threads()}
+    for name, values in speed.items():
+        low, middle, high = (float(torch.tensor(values).quantile(q)) for q in (0.1, 0.5, 0.9))
+        found[name] = {"median": middle, "p10": low, "p90": high, "rounds": len(values)}
+    print(json.dumps(found), flush=True)
+    return found
+
+
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
     names = ("speedup_prefill", "speedup_first_token", "speedup_decode")
     sides = {side: result[side]["memory"] for side in ("parent", "child")}
@@ -317,6 +378,13 @@ def markdown(table: dict[str, Any]) -> str:
             f"| {row['stored']} | {row['row']} | {row['bytes'] / 1e6:.1f} MB | "
             f"{row['bytes'] / row['parent_bytes']:.3f} | {memory:.3f} | {speed[0]} | {speed[1]} |"
         )
+    for of in table.get("latency", []):
+        shown = ", ".join(f"{n} {of[n]['median']:.3f} ({of[n]['p10']:.3f} to {of[n]['p90']:.3f})" for n in SPEEDS)
+        lines += [
+            "",
+            f"{of['folded_layers']} groups at {of['stored']:.1%}, {of['threads']} threads, folded against unfolded in "
+            f"one process, {of['prefill']['rounds']} rounds in turns, median (p10 to p90): {shown}",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -326,6 +394,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", help="folder for the state of the row under way (runs/NAME, by the name of --out)")
     parser.add_argument("--small", action="store_true", help="few steps and tokens, unless a flag says otherwise")
     parser.add_argument("--weigh", action="store_true", help="save unhealed rows; measure bytes, memory and speed")
+    parser.add_argument("--latency", type=int, default=0, metavar="ROUNDS", help="speed of folded against unfolded")
     parser.add_argument("--data", default="../shared/data/wikitext-103-tok/valid.txt", help="calibration and healing")
     parser.add_argument("--test", default="../shared/data/wikitext-2-raw/wiki.test.raw")
     parser.add_argument("--stored", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5], help="of block parameters")

@@ -155,7 +155,11 @@ def best_depth(table: dict[str, Any]) -> str:
         "by exchange": ["remove: gates, exchanged", "remove: block influence, exchanged"],
         "half removed, half shared": ["block influence + fold, half and half"],
         "shared": ["fold"],
+        "half and half, not fitted": ["block influence + fold, half and half, not fitted"],
+        "shared, not fitted": ["fold, not fitted"],
     }
+    made = {row["row"] for row in table["rows"]}
+    shown = {column: names for column, names in shown.items() if made & set(names)}
     lines = [
         f"**Blocks removed or shared at equal stored parameters**, {table['model']}; perplexity on WikiText-2 test at "
         "128 after 32 steps of healing (in brackets before it):",

@@ -11,6 +11,7 @@ training with distillation of the tail follows is the paper's; every formula is 
 3. Drop blocks until `sparsity` of the blocks' parameters is gone; renumber the rest     `Structural.cut`
 4. Let runs of `group_size` neighbours share the linears of one of them until `target_*` is met: whose, with whose
    norms, with which scale and low-rank term is decided by measured KL to the dense model `folder.Folder`, `plan.choose`
+   Then fit scales and terms of o_proj and down_proj, without gradients, to the block's own outputs         `fit.fit`
 5. Train what is a layer's own: norms, scales, low-rank terms                            `healing.heal`
 
 Removal makes a model smaller, faster and its KV cache shorter. Sharing makes it smaller only: every layer still runs.
