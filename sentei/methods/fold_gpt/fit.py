@@ -48,7 +48,7 @@ def fit(
         correction: share of what the stream lacks that each sub-layer is asked to make good.
     """
     ours, theirs = Replay(folder.model, blocks_NT, batch_size), Replay(dense, blocks_NT, batch_size)
-    now: dict[str, Tensor] = {}
+    share = correction if takes_correction(ours.row) else 0.0
     behind = 0  # layers of the dense model that the text has passed
     for number, layer in enumerate(ours.layers):
         tick("fitting", number, len(ours.layers))
@@ -61,34 +61,18 @@ def fit(
             linear: Any = structure.reader(layer, ours.row, kind)
             if not isinstance(linear, ChildLinear) or (linear.A is None and linear.scale is None):
                 continue
-            wanted = _own_outputs(folder, ours, number, kind)
-            if correction and takes_correction(ours.row):
-                for of, _ in zip(wanted, ours.run(number, now), strict=True):
-                    at = slice(of.start, of.start + len(of.output))
-                    of.output += correction * (streams[kind][at] - now[kind]).to(of.output)
-            _fit(linear, _moments(ours, number, linear, wanted), ridge)
+            own = _own_outputs(folder, ours, number, kind)
+            _fit(linear, _moments(ours, number, kind, own, streams[kind], share), ridge)
         ours.advance(number)
 
 
-class _Wanted:
-    """What a linear should put out for the tokens from `start` on, [T, O]."""
-
-    def __init__(self, output: Tensor, start: int):
-        self.output, self.start = output, start
-
-
-def _own_outputs(folder: Folder, replay: Replay, number: int, kind: str) -> list[_Wanted]:
-    """Of each batch, what a sub-layer's output linear gives when the sub-layer runs as it was before it was folded."""
-    found: list[_Wanted] = []
+def _own_outputs(folder: Folder, replay: Replay, number: int, kind: str) -> list[Tensor]:
+    """Of each batch, what a sub-layer's output linear gives when it runs as it was before it was folded, [T, O]."""
+    found: list[Tensor] = []
     with folder.as_it_was(number, kind):
         linear = structure.reader(replay.layers[number], replay.row, kind)
         assert linear is not None
-
-        def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            start = found[-1].start + len(found[-1].output) if found else 0
-            found.append(_Wanted(output.flatten(0, -2).float(), start))
-
-        hook = linear.register_forward_hook(keep)
+        hook = linear.register_forward_hook(lambda module, inputs, output: found.append(output.flatten(0, -2).float()))
         try:
             for _ in replay.run(number):
                 pass
@@ -97,20 +81,31 @@ def _own_outputs(folder: Folder, replay: Replay, number: int, kind: str) -> list
     return found
 
 
-def _moments(replay: Replay, number: int, linear: ChildLinear, wanted: list[_Wanted]) -> SecondMoments:
-    """Of what the linear reads now, beside what it should put out; without first tokens, where activations are huge."""
-    batches = iter(wanted)
-    later: list[Tensor] = []
-    seen = SecondMoments(linear.in_features, lambda of: later[-1])
+def _moments(
+    replay: Replay, number: int, kind: str, own: list[Tensor], stream_TH: Tensor, share: float
+) -> SecondMoments:
+    """Of what the output linear reads now, beside what it should put out: its own and a share of what the stream lacks.
+
+    First tokens are left out: activations are huge there.
+    """
+    linear: Any = structure.reader(replay.layers[number], replay.row, kind)
+    batches = zip(own, stream_TH.split([len(output) for output in own]), strict=True)
+    now: dict[str, Tensor] = {}
+    wanted = torch.zeros(())
+    seen = SecondMoments(linear.in_features, lambda of: wanted)
 
     def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        nonlocal wanted
         x_BTI = inputs[0]
-        later[:] = [next(batches).output.view(*x_BTI.shape[:2], -1)[:, 1:].flatten(0, 1)]
+        output, dense_TH = next(batches)
+        if share:
+            output = output + share * (dense_TH - now[kind]).to(output)
+        wanted = output.view(*x_BTI.shape[:2], -1)[:, 1:].flatten(0, 1)
         seen(x_BTI[:, 1:].flatten(0, 1))
 
     hook = linear.register_forward_pre_hook(look)
     try:
-        for _ in replay.run(number):
+        for _ in replay.run(number, now if share else None):
             pass
     finally:
         hook.remove()
