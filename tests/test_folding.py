@@ -90,6 +90,19 @@ def test_a_child_computes_its_equation():
     assert query.scale is None and query.A is not None  # scaled: only what writes into the residual stream
 
 
+def test_terms_of_a_few_tokens_are_in_fp32():
+    """A CPU's 16-bit products of one token cost more than they save; many tokens stay in 16 bits."""
+    child = structure.layers(folded(scale=False).bfloat16())[2].self_attn.o_proj
+    few = torch.randn(1, 4, child.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert child.A is not None and child.B is not None
+    term = (few.float() @ child.A.float().T @ child.B.float().T).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(child(few), child.shared()(few) + term)
+        many = few.expand(2, -1, -1)
+        low = nn.functional.linear(many, child.A)
+        assert torch.equal(child(many), child.shared()(many) + nn.functional.linear(low, child.B))
+
+
 def test_parameters_are_counted_once():
     model, dense = folded(rank=0, scale=False), alike()
     held, added = folding.saving(structure.layers(dense)[2], 0, False)
