@@ -58,20 +58,8 @@ ROWS: dict[str, tuple[str, bool, float]] = {
 ROWS |= {f"{name}{NOT_FITTED}": row for name, row in ROWS.items() if row[2] < 1}
 # What may differ between two runs that add rows to one table.
 FREE = (
-    "model",
-    "data",
-    "test",
-    "out",
-    "work",
-    "markdown",
-    "small",
-    "weigh",
-    "latency",
-    "rows",
-    "stored",
-    "seeds",
-    "heal",
-)
+    "model", "data", "test", "out", "work", "markdown", "small", "weigh", "latency", "rows", "stored", "seeds", "heal",
+)  # fmt: skip
 
 
 def main() -> None:

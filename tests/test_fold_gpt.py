@@ -257,11 +257,11 @@ def test_fit_finds_what_can_be_found(family, bias):
     dense = healing.aliased(model)
     expected = logits(dense)
     made = folder(model, scale=not gemma, align=False)
-    made._share([2, 3], 2)
+    as_it_is = {"norms": "own", "low_rank": False, "scale": False, "factor": 1.0}
+    made.apply({"members": [2, 3], "owner": 2, "starts": {"3": as_it_is}})
     blocks_NT = torch.randint(5, 128, (32, 12), generator=torch.Generator().manual_seed(2))
     before = float((logits(model) - expected).abs().max())
-    how = {"ridge": 1e-9, "tick": lambda *_: None}
-    fit(made, dense, range(5), blocks_NT, correction=0.3, **how)
+    fit(made, dense, range(5), blocks_NT, ridge=1e-9, correction=0.3, tick=lambda *_: None)
     after = float((logits(model) - expected).abs().max())
     assert after < (1e-4 if gemma else 0.25) * before, (before, after)
     assert torch.equal(logits(dense), expected)

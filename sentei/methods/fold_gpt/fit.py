@@ -21,6 +21,7 @@ from sentei import structure
 from sentei.importance import Replay, SecondMoments, Tick, takes_correction
 from sentei.methods.fold_gpt.folder import Folder
 from sentei.remote.modeling_sentei_folded import ChildLinear
+from sentei.structure import Family
 
 LEAST_SCALE = 0.05  # B is divided by it
 TURNS = 5  # of scale and low-rank term
@@ -47,23 +48,34 @@ def fit(
         ridge: pull of B A towards 0, in units of the mean square of the inputs.
         correction: share of what the stream lacks that each sub-layer is asked to make good.
     """
-    ours, theirs = Replay(folder.model, blocks_NT, batch_size), Replay(dense, blocks_NT, batch_size)
+    ours = Replay(folder.model, blocks_NT, batch_size)
     share = correction if takes_correction(ours.row) else 0.0
-    behind = 0  # layers of the dense model that the text has passed
-    for number, layer in enumerate(ours.layers):
-        tick("fitting", number, len(ours.layers))
-        while behind < origin[number]:
-            theirs.advance(behind)
-            behind += 1
-        streams = theirs.streams(behind)
-        behind += 1
-        for kind in ("heads", "channels"):
-            linear: Any = structure.reader(layer, ours.row, kind)
-            if not isinstance(linear, ChildLinear) or (linear.A is None and linear.scale is None):
-                continue
-            own = _own_outputs(folder, ours, number, kind)
-            _fit(linear, _moments(ours, number, kind, own, streams[kind], share), ridge)
+    theirs = Replay(dense, blocks_NT, batch_size) if share else None
+    corrected = [number for number, layer in enumerate(ours.layers) if _corrected(layer, ours.row)]
+    passed = 0  # layers of the dense model that the text is through
+    for number in range(corrected[-1] + 1 if corrected else 0):
+        tick("fitting", number, corrected[-1] + 1)
+        if number in corrected:
+            streams: dict[str, Tensor] = {}
+            if theirs is not None:
+                for below in range(passed, origin[number]):
+                    theirs.advance(below)
+                streams = theirs.streams(origin[number])
+                passed = origin[number] + 1
+            for kind, linear in _corrected(ours.layers[number], ours.row).items():
+                own = _own_outputs(folder, ours, number, kind)
+                _fit(linear, _moments(ours, number, kind, own, streams.get(kind), share), ridge)
         ours.advance(number)
+
+
+def _corrected(layer: nn.Module, row: Family) -> dict[str, ChildLinear]:
+    """kind -> the output linear of a sub-layer that has something to fit."""
+    found = {kind: structure.reader(layer, row, kind) for kind in ("heads", "channels")}
+    return {
+        kind: linear
+        for kind, linear in found.items()
+        if isinstance(linear, ChildLinear) and (linear.A is not None or linear.scale is not None)
+    }
 
 
 def _own_outputs(folder: Folder, replay: Replay, number: int, kind: str) -> list[Tensor]:
@@ -82,14 +94,15 @@ def _own_outputs(folder: Folder, replay: Replay, number: int, kind: str) -> list
 
 
 def _moments(
-    replay: Replay, number: int, kind: str, own: list[Tensor], stream_TH: Tensor, share: float
+    replay: Replay, number: int, kind: str, own: list[Tensor], stream_TH: Tensor | None, share: float
 ) -> SecondMoments:
     """Of what the output linear reads now, beside what it should put out: its own and a share of what the stream lacks.
 
     First tokens are left out: activations are huge there.
     """
     linear: Any = structure.reader(replay.layers[number], replay.row, kind)
-    batches = zip(own, stream_TH.split([len(output) for output in own]), strict=True)
+    sizes = [len(output) for output in own]
+    batches = iter(zip(own, [None] * len(own) if stream_TH is None else stream_TH.split(sizes), strict=True))
     now: dict[str, Tensor] = {}
     wanted = torch.zeros(())
     seen = SecondMoments(linear.in_features, lambda of: wanted)
@@ -98,14 +111,14 @@ def _moments(
         nonlocal wanted
         x_BTI = inputs[0]
         output, dense_TH = next(batches)
-        if share:
+        if dense_TH is not None:
             output = output + share * (dense_TH - now[kind]).to(output)
         wanted = output.view(*x_BTI.shape[:2], -1)[:, 1:].flatten(0, 1)
         seen(x_BTI[:, 1:].flatten(0, 1))
 
     hook = linear.register_forward_pre_hook(look)
     try:
-        for _ in replay.run(number, now if share else None):
+        for _ in replay.run(number, None if stream_TH is None else now):
             pass
     finally:
         hook.remove()

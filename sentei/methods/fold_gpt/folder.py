@@ -226,6 +226,7 @@ class Folder:
         return {
             f"{path}.{name}": p.detach().clone()
             for path, linear in folding.linears(self.layers[number]).items()
+            if isinstance(linear, folding.ChildLinear)
             for name, p in linear.named_parameters(recurse=False)
         }
 
@@ -289,13 +290,10 @@ class Folder:
         children = folding.linears(self.layers[number])
         scaled = [path for path, x in children.items() if isinstance(x, folding.ChildLinear) and x.scale is not None]
         sums = {path: [torch.zeros((), dtype=torch.double)] * 2 for path in scaled}
-        norms = {name: self.layers[number].get_parameter(name).detach().clone() for name in self.norms[number]}
         for i in range(len(self.judge.batches)):
             folded = self._outputs(number, scaled, members[0], i, inputs)
-            with self._own_linears(number):
-                self._set_norms(number, number)
+            with self.as_it_was(number):
                 own = self._outputs(number, scaled, members[0], i, inputs)
-            self.put_back(number, norms)
             for path in scaled:
                 u, v = own[path].double(), folded[path].double()
                 uv_O, vv_O = sums[path]
@@ -348,16 +346,16 @@ class Folder:
                 self.layers[number].set_submodule(path, linear)
 
     @contextmanager
-    def as_it_was(self, number: int, kind: str) -> Iterator[None]:
-        """Inside the block the attention ("heads") or MLP ("channels") of a layer has its own linears and norms."""
-        row = self.row
-        module, norms = (row.attention, row.attention_norms) if kind == "heads" else (row.mlp, row.mlp_norms)
-        names = [
-            name for name in self.norms[number] if name.startswith((f"{module}.", *(f"{norm}." for norm in norms)))
-        ]
-        now = {name: self.layers[number].get_parameter(name).detach().clone() for name in names}
-        with self._own_linears(number, f"{module}."), torch.no_grad():
-            self.put_back(number, {name: self.norms[number][name] for name in names})
+    def as_it_was(self, number: int, kind: str | None = None) -> Iterator[None]:
+        """Inside the block a layer, its attention ("heads") or its MLP ("channels") has its own linears and norms."""
+        row, inside, norms = self.row, "", ("",)
+        if kind is not None:
+            module, norms = (row.attention, row.attention_norms) if kind == "heads" else (row.mlp, row.mlp_norms)
+            inside, norms = f"{module}.", (f"{module}.", *(f"{norm}." for norm in norms))
+        own = {name: value for name, value in self.norms[number].items() if name.startswith(norms)}
+        now = {name: self.layers[number].get_parameter(name).detach().clone() for name in own}
+        with self._own_linears(number, inside):
+            self.put_back(number, own)
             try:
                 yield
             finally:
