@@ -89,7 +89,7 @@ def main() -> None:
                     continue
                 searched: dict[str, Any] = NOTHING | (fields if isinstance(fields, dict) else {})
                 method = PolicyGradient(
-                    sparsity=sparsity, granularity=args.granularity, compensate="mean", seed=seed,
+                    sparsity=sparsity, granularity=args.granularity, compensate="mean", init="flap", seed=seed,
                     calibration_samples=args.calibration, batch_size=args.batch, **searched,
                 )  # fmt: skip
                 began = time.monotonic()
@@ -102,9 +102,10 @@ def main() -> None:
                 row: dict[str, Any] = {"way": way, "sparsity": sparsity, "seed": seed, "asked_forwards": args.forwards}
                 row |= {name: account[name] for name in ("forwards", "evaluations", "held_forwards")}
                 row |= {"seconds": seconds, "perplexity": {}}
-                for compensation in ("mean", "least-squares"):
+                for compensation in args.compensations:
                     attempt = replace(method, compensate=compensation)
                     again = attempt.start(copy.deepcopy(model), tokenizer, text)
+                    again.fill = run.fill
                     attempt.cut(again, keep_U)
                     row["perplexity"][compensation] = math.exp(again.mean_loss(unseen))
                 add(out, table, row)
@@ -176,7 +177,7 @@ def markdown(table: dict[str, Any]) -> str:
         groups.setdefault((row["sparsity"], row["way"]), []).append(row)
 
     def cell(group: list[dict[str, Any]], key: str) -> str:
-        return spread([row["perplexity"][key] for row in group], count=False)
+        return spread([row["perplexity"][key] for row in group if key in row["perplexity"]], count=False)
 
     for (sparsity, way), group in sorted(groups.items()):
         forwards, held = (statistics.mean(row.get(key) or 0 for row in group) for key in ("forwards", "held_forwards"))
@@ -199,6 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ways", nargs="+")
+    parser.add_argument("--compensations", nargs="+", default=["mean", "least-squares"], help="to judge masks with")
     return parser.parse_args()
 
 

@@ -56,6 +56,8 @@ def main() -> None:
             "ingredients-gemma-3-270m": parts_of_the_search,
             "estimators-smollm2": ways,
             "search-cost": search,
+            "search-processes": several,
+            "search-scaling": scaling,
             "fold-smollm2": depth,
             "fold-gemma-3-270m": depth,
             "prune-once-minilm": sparse,
@@ -244,22 +246,48 @@ def units(table: dict[str, Any]) -> str:
 def search(result: dict[str, Any]) -> str:
     """What a step of the search costs."""
     lines = [
-        f"**What a step of the search costs**, as a ratio to the dense forward of the same round "
-        f"({result['machine']}). Peak memory of the search is {result['memory']['ratio']:.2f}x that of inference with "
-        "the same batch.",
+        f"**What a step of the search costs**, {result['model']}, as a ratio to the dense forward of the same round "
+        f"({result['machine']}); a step is counted per mask. Peak memory of the search is "
+        f"{result['memory']['ratio']:.2f}x that of inference with the same batch.",
         "",
-        "| tokens | removed | masked | sliced | ideal | sliced / ideal |",
-        "|---|---|---|---|---|---|",
+        "| tokens | removed | masked | sliced | whole step (least to most) | ideal | whole step / ideal |",
+        "|---|---|---|---|---|---|---|",
     ]
     by_way = {(row["tokens"], row["sparsity"], row["way"]): row for row in result["time"]}
     for tokens, sparsity, way in by_way:
-        if way == "sliced":
-            masked, sliced = by_way[tokens, sparsity, "masked"], by_way[tokens, sparsity, "sliced"]
-            spread = f"({sliced['least']:.2f} to {sliced['most']:.2f})"
+        if way == "step":
+            masked, sliced, step = (by_way[tokens, sparsity, name] for name in ("masked", "sliced", "step"))
             lines.append(
-                f"| {tokens} | {sparsity:.0%} | {masked['ratio']:.2f} | {sliced['ratio']:.2f} {spread} "
-                f"| {sliced['ideal']:.2f} | {sliced['over_ideal']:.2f} |"
+                f"| {tokens} | {sparsity:.0%} | {masked['ratio']:.2f} | {sliced['ratio']:.2f} | {step['ratio']:.2f} "
+                f"({step['least']:.2f} to {step['most']:.2f}) | {step['ideal']:.2f} | {step['over_ideal']:.2f} |"
             )
+    return "\n".join(lines) + "\n"
+
+
+def several(result: dict[str, Any]) -> str:
+    """The search by several processes."""
+    found = result["processes"]
+    return (
+        f"**{found['count']} processes of one thread** (gloo) sample as many masks as one ({found['masks']} of "
+        f"{result['model']}) {found['speed_up']:.2f} times as fast ({found['least']:.2f} to "
+        f"{found['most']:.2f} in {len(found['seconds']['1'])} rounds; {result['machine']}).\n"
+    )
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """How the time of a step grows."""
+    lines = [
+        f"**What a step costs as models and batches grow**: {result['model']}, {result['machine']}; seconds for each "
+        "mask, and against the first line's seconds for each parameter and token.",
+        "",
+        "| hidden width | parameters | tokens | s | of linear |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['hidden']} | {row['parameters'] / 1e6:.0f} M | {row['tokens']} | {row['seconds']:.2f} "
+        f"| {row['of_linear']:.2f} |"
+        for row in result["scaling"]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,8 @@ from sentei.train import IGNORE, Batch, autocast, evaluating
 Pairs = tuple[tuple[int, int], ...]
 """(layer of the student, layer of the teacher) whose outputs should agree."""
 
+PIECE = 16  # tokens whose logits are gone through at once where a loss is all that is asked: they stay in the cache
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over targets; logits [..., V], targets [...] with -100 where nothing is asked."""
@@ -266,6 +268,13 @@ class _HeadLoss(torch.autograd.Function):
             hidden_nH = hidden_NH[rows].detach().requires_grad_(differentiate)
             with torch.enable_grad() if differentiate else contextlib.nullcontext():
                 logits_nV = student(hidden_nH)
+            if teacher is None and grad_NH is None:
+                for piece_nV, target_n in zip(logits_nV.split(PIECE), targets_N[rows].split(PIECE), strict=True):
+                    z_nV = _below_zero_(piece_nV.float())
+                    asked_n = target_n != IGNORE
+                    picked_n = z_nV.gather(1, torch.where(asked_n, target_n, 0)[:, None])[:, 0]
+                    ce -= (picked_n - z_nV.exp_().sum(-1).log())[asked_n].sum() * ce_share
+                continue
             z_nV = _below_zero_(logits_nV.detach().float())
             asked_n1 = asked_N[rows, None]
             target_n1 = torch.where(asked_n1, targets_N[rows, None], 0)
@@ -273,8 +282,6 @@ class _HeadLoss(torch.autograd.Function):
             softened_nV = z_nV / t if teacher is not None else None
             total_n1 = z_nV.exp_().sum(-1, keepdim=True)
             ce -= (picked_n1 - total_n1.log())[asked_n1].sum() * ce_share
-            if teacher is None and grad_NH is None:
-                continue
             weight_n1 = asked_n1 * (weights.ce_weight * ce_share / count)
             slope_nV = z_nV.mul_(weight_n1 / total_n1).scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
             if teacher is not None:

@@ -287,9 +287,8 @@ def _round_channels(order: Tensor, units: Units, keep_U: Tensor, budget: int, ro
         floor = count - count % round_to
         keep_U[inside] = False
         keep_U[inside[:floor]] = True
-        for start in range(floor, len(inside) - round_to + 1, round_to):
-            run = inside[start : start + round_to]
-            runs.append((float(rank_U[run].double().mean()), run))
+        whole = inside[floor : len(inside) - (len(inside) - floor) % round_to].view(-1, round_to)
+        runs += zip(rank_U[whole].double().mean(1).tolist(), whole, strict=True)
     left = budget - int(units.cost_U[keep_U].sum())
     for _, run in sorted(runs, key=lambda pair: pair[0]):
         if int(units.cost_U[run].sum()) > left:
@@ -356,6 +355,26 @@ def sliced(model: nn.Module, units: Units, keep_U: Tensor, fill: Fill | None = N
         yield
 
 
+@contextmanager
+def column_major(model: nn.Module, units: Units) -> Iterator[None]:
+    """Inside, the weights that `sliced` gathers columns of lie in memory column by column: the same values and bytes.
+
+    A column is then copied as a whole: 900 of 1,536 columns of 576 bf16 numbers take 0.03 ms on a CPU in place of 1.6.
+    Not to be entered in inference mode, whose tensors a training could not use later.
+    """
+    row = structure.family(model)
+    kinds = [kind for kind in ("heads", "channels") if kind in units.granularity]
+    found = [structure.reader(layer, row, kind) for layer in structure.layers(model) for kind in kinds]
+    linears = [linear for linear in found if linear is not None and linear.weight.device.type == "cpu"]
+    try:
+        for linear in linears:
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+        yield
+    finally:
+        for linear in linears:
+            linear.weight.data = linear.weight.data.contiguous()
+
+
 def _spans(units: Units) -> dict[tuple[int, str], slice]:
     """(layer, kind) -> where its units lie: `Units.of` for all pairs in one pass."""
     key_U = units.layer_U * len(KINDS) + units.kind_U
@@ -386,4 +405,4 @@ def _on_rows(linear: nn.Linear, rows_K: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _on_columns(linear: nn.Linear, columns_K: Tensor, bias_H: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: nn.functional.linear(x, linear.weight.index_select(1, columns_K), bias_H)
+    return lambda x: nn.functional.linear(x, linear.weight.t().index_select(0, columns_K).t(), bias_H)

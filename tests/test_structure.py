@@ -139,6 +139,24 @@ def test_sliced_equals_masked(any_model, granularity, tokens):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_column_major_changes_the_layout_and_nothing_else(any_model, tokens):
+    model = any_model.double()
+    units, row = structure.units(model), structure.family(model)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    readers = [structure.reader(layer, row, kind) for layer in structure.layers(model) for kind in units.granularity]
+    keep = random_keep(units)
+    with masks.masked(model, units, keep):
+        expected = logits(model, tokens)
+    with pytest.raises(InterruptedError), masks.column_major(model, units):
+        assert all(linear.weight.stride() == (1, linear.out_features) for linear in readers)
+        with torch.inference_mode(), masks.sliced(model, units, keep):
+            torch.testing.assert_close(logits(model, tokens), expected, atol=1e-9, rtol=0)
+        raise InterruptedError
+    for name, p in model.named_parameters():
+        assert p is before[name][0] and p.is_contiguous() and torch.equal(p, before[name][1])
+    model(input_ids=tokens)[0].sum().backward()  # nothing is left of inference mode
+
+
 def test_costs_on_hand_numbers():
     model = tiny_model("llama", attention_bias=False, mlp_bias=False)
     units = structure.units(model)

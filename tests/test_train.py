@@ -376,6 +376,9 @@ def test_chunks_equal_whole_logits(blocks, tied, temperature, chunk):
     (0.3 * ce + 0.9 * kl).backward()
     assert parts["ce"].item() == pytest.approx(ce.item(), abs=1e-5)
     assert parts["kl"].item() == pytest.approx(kl.item(), abs=1e-5)
+    with torch.no_grad():
+        alone = distill.Distillation(chunk=chunk)(student, batch)["loss"]
+    assert alone.item() == pytest.approx(ce.item(), abs=1e-5)
     for name, p in student.named_parameters():
         assert torch.allclose(ours[name], p.grad, atol=1e-6), name
 

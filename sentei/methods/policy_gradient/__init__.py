@@ -34,6 +34,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from sentei import masks
 from sentei.methods import option
 from sentei.methods.policy_gradient.estimate import ESTIMATORS
 from sentei.methods.policy_gradient.reward import BUILT_IN
@@ -207,7 +208,7 @@ class PolicyGradient(Structural):
     def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
         if processes().num_processes > 1:  # each on a device of its own, where the cut model then stays
             run.model.to(torch.device(processes().device))  # pyright: ignore[reportArgumentType]
-        with torch.inference_mode():
+        with masks.column_major(run.model, run.units), torch.inference_mode():
             search = Search(self, run)
             keep_U = search.best_U() if search.remove > 0 else torch.ones(len(run.units), dtype=torch.bool)
         return keep_U, search.account()
