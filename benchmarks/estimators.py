@@ -75,7 +75,7 @@ def main() -> None:
     unseen = data.blocks(text.test, tokenizer, 128, seed=1)[:32]
     made_with = {
         "model": Path(args.model).name, "text": Path(args.data).name, "forward": [args.batch, 128],
-        "calibration": args.calibration, "granularity": args.granularity,
+        "calibration": args.calibration, "granularity": args.granularity, "dtype": str(next(model.parameters()).dtype),
     }  # fmt: skip
     table = resumed(out, made_with)
     made = {(row["way"], row["sparsity"], row["seed"], row["asked_forwards"]) for row in table["rows"]}
