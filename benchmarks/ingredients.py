@@ -6,7 +6,8 @@
 A row adds one ingredient to the row above it, from equal widths in FLAP's order to all of them. The peers are those of
 `peers.py`, at the same budget and as they were published: without compensation or with the means of what goes,
 whichever is better on held-out calibration text. All calibrate on the same articles and are judged on WikiText-2 raw
-test and on texts of other kinds. Rows are appended as they are made.
+test and on texts of other kinds. Rows are appended as they are made. With --heal-steps rows are also healed, all alike,
+and with --limit the zero-shot tasks of `peers.py` are asked too.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peers import ROWS, prune
+from peers import ROWS, TASKS, prune, remembering
 from tables import add, flags, made_on, name_of, printed, resumed, spread
 
 from sentei import checkpoint, data, evaluate
+from sentei.methods.heal import Heal
 from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
@@ -59,26 +61,41 @@ def main() -> None:
     }
     test = data.read_text(args.test)
 
-    def judged(pruned: Any) -> dict[str, float]:
+    def judged(pruned: Any) -> dict[str, Any]:
         pruned.eval()
         on_test = evaluate.perplexity_text(pruned, tokenizer, test, context=128, max_blocks=100, progress=False)
         found = {name: evaluate.perplexity(pruned, ids_NT, progress=False) for name, ids_NT in others.items()}
-        return {name: each["perplexity"] for name, each in ({"WikiText-2": on_test} | found).items()}
+        row: dict[str, Any] = {
+            "perplexity": {n: each["perplexity"] for n, each in ({"WikiText-2": on_test} | found).items()}
+        }
+        if args.limit:
+            scores = evaluate.tasks(
+                pruned, tokenizer, TASKS, include_path=args.tasks_path, limit=args.limit, batch_size=16
+            )
+            row |= {"zero_shot": {task.removeprefix("local_"): score["acc"] for task, score in scores.items()}}
+            row |= {"zero_shot_limit": args.limit}
+        return row
 
-    made = {(row["row"], row["sparsity"], row["seed"]) for row in table["rows"]}
-    if ("dense", 0.0, 0) not in made:
-        add(out, table, {"row": "dense", "sparsity": 0.0, "seed": 0, "perplexity": judged(model)})
+    made = {(row["row"], row["sparsity"], row["seed"], row.get("heal_steps", 0)) for row in table["rows"]}
+    parent = remembering(model) if args.heal_steps else model
+    if ("dense", 0.0, 0, 0) not in made:
+        add(out, table, {"row": "dense", "sparsity": 0.0, "seed": 0} | judged(model))
     for sparsity in args.sparsity:
         for name in args.rows or [*INGREDIENTS, *PEERS]:
             for seed in args.seeds:
-                if (name, sparsity, seed) in made or (seed and name in PEERS and ROWS[name][2] == 1):
+                wanted = {(name, sparsity, seed, steps) for steps in (0, args.heal_steps)}
+                if wanted <= made or (seed and name in PEERS and ROWS[name][2] == 1):
                     continue
                 method, compensations, search = how(name)
                 method = replace(method, sparsity=sparsity, seed=seed, round_to=1)  # as the table began
                 kept = Path(args.masks) / f"{search}-{sparsity}-{seed}.pt"
                 pruned, found = prune(method, compensations, model, tokenizer, text, kept)
-                row = {"row": name, "sparsity": sparsity, "seed": seed} | found | {"perplexity": judged(pruned)}
-                add(out, table, row, "layers")
+                row = {"row": name, "sparsity": sparsity, "seed": seed} | found
+                if (name, sparsity, seed, 0) not in made:
+                    add(out, table, row | judged(pruned), "layers")
+                if args.heal_steps:
+                    Heal(steps=args.heal_steps, seed=seed).compress(pruned, tokenizer, text, teacher=parent)
+                    add(out, table, row | {"heal_steps": args.heal_steps} | judged(pruned), "layers")
 
 
 def how(name: str) -> tuple[Any, tuple[str, ...], str]:
@@ -100,40 +117,54 @@ def markdown(table: dict[str, Any]) -> str:
     """The table of the README: one line per row and sparsity, and how the last one stands against the best peer."""
     texts = ["WikiText-2", *table["texts"]]
     blocks = ", ".join(f"{name} {count}" for name, count in table["texts"].items())
-    lines = [
-        f"{table['model']}, {table['dtype'].removeprefix('torch.')}; perplexity at 128 (WikiText-2 raw test: 100 "
+    steps = sorted({row["heal_steps"] for row in table["rows"] if "heal_steps" in row})
+    limits = sorted({row["zero_shot_limit"] for row in table["rows"] if "zero_shot" in row})
+    told = f"{table['model']}, {table['dtype'].removeprefix('torch.')}; perplexity at 128 (WikiText-2 raw test: 100 "
+    told += (
         f"blocks; {blocks}), mean ± s.d. over seeds. Each row of policy gradient adds to the one above it; peers have "
-        "no refit.",
-        "",
-        f"| removed of layers | row | {' | '.join(texts)} |",
-        f"|---|---|{'---|' * len(texts)}",
+    )
+    told += "no refit."
+    if steps:
+        told += f" Healed: {'/'.join(map(str, steps))} steps of LoRA on the calibration text, KL to the parent."
+    if limits:
+        told += " Zero-shot: mean accuracy of PIQA, ARC-easy, HellaSwag and WinoGrande, first "
+        told += f"{'/'.join(map(str, limits))} rows of each."
+    sides = [(False, ""), *([(True, "healed: ")] if steps else [])]
+    heads = [f"{side}{text}" for _, side in sides for text in texts] + [
+        f"{side}zero-shot" for _, side in sides if limits
     ]
-    groups = grouped(table)
+    lines = [told, "", f"| removed of layers | row | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    groups = {healed: grouped(table, healed) for healed, _ in sides}
+    scores = {healed: grouped(table, healed, "zero_shot") for healed, _ in sides}
     names = ["dense", *INGREDIENTS, *PEERS]
-    for sparsity in sorted({sparsity for sparsity, _ in groups}):
+    for sparsity in sorted({sparsity for sparsity, _ in groups[False]}):
         for name in names:
-            group = groups.get((sparsity, name))
-            if group:
-                cells = [spread([row[text] for row in group], count=False) for text in texts]
+            if (sparsity, name) in groups[False]:
+                at = [groups[healed].get((sparsity, name), []) for healed, _ in sides]
+                cells = [spread([row[text] for row in its], count=False) for its in at for text in texts]
+                if limits:
+                    at = [scores[healed].get((sparsity, name), []) for healed, _ in sides]
+                    cells += [spread([statistics.mean(row.values()) for row in its], 3, count=False) for its in at]
                 lines.append(f"| {sparsity:.0%} | {name} | {' | '.join(cells)} |")
-        found = against_peers(table, sparsity)
-        if found:
-            cells = [f"{ours / peer:.2f}" for ours, peer, _ in found.values()]
+        found = [against_peers(table, sparsity, healed).get(text) for healed, _ in sides for text in texts]
+        if any(found):
+            cells = [f"{each[0] / each[1]:.2f}" if each else "" for each in found] + [""] * (len(heads) - len(found))
             lines.append(f"| {sparsity:.0%} | all ingredients / best peer | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def grouped(table: dict[str, Any]) -> dict[tuple[float, str], list[dict[str, float]]]:
-    """(sparsity, row) -> perplexities of its seeds, text by text."""
-    groups: dict[tuple[float, str], list[dict[str, float]]] = {}
+def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity") -> dict[tuple[float, str], list[Any]]:
+    """(sparsity, row) -> perplexities (or zero-shot scores) of its seeds, text by text."""
+    groups: dict[tuple[float, str], list[Any]] = {}
     for row in table["rows"]:
-        groups.setdefault((row["sparsity"], row["row"]), []).append(row["perplexity"])
+        if ("heal_steps" in row) == healed and of in row:
+            groups.setdefault((row["sparsity"], row["row"]), []).append(row[of])
     return groups
 
 
-def against_peers(table: dict[str, Any], sparsity: float) -> dict[str, tuple[float, float, str]]:
+def against_peers(table: dict[str, Any], sparsity: float, healed: bool = False) -> dict[str, tuple[float, float, str]]:
     """Text -> (mean of the row with most ingredients, mean of the best peer, its name); empty if one is missing."""
-    groups = grouped(table)
+    groups = grouped(table, healed)
     ours = [groups[sparsity, name] for name in INGREDIENTS if (sparsity, name) in groups][-1:]
     peers = {name: groups[sparsity, name] for name in PEERS if (sparsity, name) in groups}
     if not ours or not peers:
@@ -165,6 +196,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=[*INGREDIENTS, *PEERS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--masks", default="masks", help="folder to keep the searches in")
+    parser.add_argument("--heal-steps", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=0, help="rows of each zero-shot task")
+    parser.add_argument("--tasks-path", default="../shared/data/lm_eval_tasks")
     parser.add_argument("--dtype", default="auto")
     return parser.parse_args()
 
