@@ -478,35 +478,36 @@ def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, c
     tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "parent")
     word_tokenizer().save_pretrained(tmp_path / "parent")
     (tmp_path / "runs").mkdir()
-    rows = [{"good": f"{i} {WORDS}", "bad": f"{i} {WORDS[::-1]}", "text": f"{i} {WORDS}"} for i in range(400)]
-    (tmp_path / "runs" / "blimp-train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": f"{i} {WORDS}"} for i in range(400)]
+    (tmp_path / "runs" / "lambada-from-1000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = (root / "recipes" / "policy-gradient-task.yaml").read_text().replace("model: smollm2", "model: parent")
     (tmp_path / "recipe.yaml").write_text(recipe.partition("evaluate:")[0])  # on data that may not be here
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(root)
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
-    assert "reward: recipes.minimal_pairs:preference\n" in for_task and "reward: lm_loss\n" in for_loss
+    assert "reward: recipes.last_word:last_word\n" in for_task and "reward: lm_loss\n" in for_loss
     same = ("model: parent\n", "sparsity: 0.3\n", "coarse_steps: 50\n", "granularity: channels\n")
     assert all(line in stage for line in same for stage in (for_task, for_loss))
 
 
 def test_the_recipe_s_own_reward(monkeypatch):
-    """The chance of the right sentence, from the two whole sentences' probabilities, one by one and without padding."""
+    """The probability of each passage's last word, of one token or more, one by one and without padding."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
     model, tokenizer = tiny_model("llama").eval(), word_tokenizer()
-    rows = [{"good": "a cat sits", "bad": "a cats sits here"}, {"good": "who", "bad": "whom is it"}]
-
-    def log_p(text):
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
-        return -float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-
+    rows = [{"text": "a cat sits on the mat, it"}, {"text": "who are you?"}]
+    expected = 0.0
+    for row in rows:
+        ids = tokenizer(row["text"], add_special_tokens=False, return_tensors="pt").input_ids
+        known = len(tokenizer(row["text"].rpartition(" ")[0], add_special_tokens=False).input_ids)
+        with torch.no_grad():
+            log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[known - 1 :]
+        expected += float(log_p.sum().exp()) / len(rows)
     with torch.no_grad():
-        expected = sum(1 / (1 + math.exp(log_p(row["bad"]) - log_p(row["good"]))) for row in rows) / 2
-        found = -reward.Reward("recipes.minimal_pairs:preference")(
+        found = -reward.Reward("recipes.last_word:last_word")(
             model, reward.Batch(tokenizer, torch.device("cpu"), examples=rows)
         )
-    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, rel=1e-4) and len(ids[0]) - known > 1
 
 
 # --- what is seen ----------------------------------------------------------------------------------------------------
