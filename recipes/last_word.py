@@ -1,7 +1,7 @@
 """A reward of one's own: how probable a model finds the last word of a passage.
 
-`python recipes/last_word.py` writes what recipes/policy-gradient-task.yaml reads: the passages of LAMBADA (the form of
-its test part that OpenAI published, MIT) from the 1,001st on. The first 1,000 judge the result and are not among them.
+`python recipes/last_word.py` writes what recipes/policy-gradient-task.yaml reads: the passages of LAMBADA (its test
+part as OpenAI published it) from the 1,001st on. The first 1,000 judge the result and are not among them.
 """
 
 from __future__ import annotations
