@@ -193,7 +193,9 @@ def _child_notes(child: Child) -> list[str]:
     if not child.steps():
         notes.append(f"{child.label}: no log.jsonl, so no curves of its search or healing are shown.")
     if not child.generations:
-        notes.append(f"{child.label}: no generation.json, so no text of its own is shown; `sentei run` writes one.")
+        notes.append(
+            f"{child.label}: no generation.json, so no text of its own is shown; a recipe with `prompts` writes one."
+        )
     if child.bench:
         settings = child.bench.get("settings")
         notes.append(f"{child.label}: timed on {_machine(child.bench)}; {pairs(settings) or 'settings not recorded'}.")
