@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peers import ROWS, TASKS, prune, remembering
-from tables import add, flags, made_on, name_of, printed, resumed, spread
+from peers import ROWS, prune, remembering, zero_shot
+from tables import add, flags, made_on, name_of, printed, resumed, shown, spread
 
 from sentei import checkpoint, data, evaluate
 from sentei.methods.heal import Heal
@@ -65,16 +65,8 @@ def main() -> None:
         pruned.eval()
         on_test = evaluate.perplexity_text(pruned, tokenizer, test, context=128, max_blocks=100, progress=False)
         found = {name: evaluate.perplexity(pruned, ids_NT, progress=False) for name, ids_NT in others.items()}
-        row: dict[str, Any] = {
-            "perplexity": {n: each["perplexity"] for n, each in ({"WikiText-2": on_test} | found).items()}
-        }
-        if args.limit:
-            scores = evaluate.tasks(
-                pruned, tokenizer, TASKS, include_path=args.tasks_path, limit=args.limit, batch_size=16
-            )
-            row |= {"zero_shot": {task.removeprefix("local_"): score["acc"] for task, score in scores.items()}}
-            row |= {"zero_shot_limit": args.limit}
-        return row
+        perplexity = {name: each["perplexity"] for name, each in ({"WikiText-2": on_test} | found).items()}
+        return {"perplexity": perplexity} | zero_shot(pruned, tokenizer, args)
 
     made = {(row["row"], row["sparsity"], row["seed"], row.get("heal_steps", 0)) for row in table["rows"]}
     parent = remembering(model) if args.heal_steps else model
@@ -119,23 +111,22 @@ def markdown(table: dict[str, Any]) -> str:
     blocks = ", ".join(f"{name} {count}" for name, count in table["texts"].items())
     steps = sorted({row["heal_steps"] for row in table["rows"] if "heal_steps" in row})
     limits = sorted({row["zero_shot_limit"] for row in table["rows"] if "zero_shot" in row})
-    told = f"{table['model']}, {table['dtype'].removeprefix('torch.')}; perplexity at 128 (WikiText-2 raw test: 100 "
-    told += (
+    told = (
+        f"{table['model']}, {table['dtype'].removeprefix('torch.')}; perplexity at 128 (WikiText-2 raw test: 100 "
         f"blocks; {blocks}), mean ± s.d. over seeds. Each row of policy gradient adds to the one above it; peers have "
+        "no refit."
     )
-    told += "no refit."
     if steps:
         told += f" Healed: {'/'.join(map(str, steps))} steps of LoRA on the calibration text, KL to the parent."
     if limits:
         told += " Zero-shot: mean accuracy of PIQA, ARC-easy, HellaSwag and WinoGrande, first "
         told += f"{'/'.join(map(str, limits))} rows of each."
     sides = [(False, ""), *([(True, "healed: ")] if steps else [])]
-    heads = [f"{side}{text}" for _, side in sides for text in texts] + [
-        f"{side}zero-shot" for _, side in sides if limits
-    ]
-    lines = [told, "", f"| removed of layers | row | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    columns = [f"{side}{text}" for _, side in sides for text in texts]
+    columns += [f"{side}zero-shot" for _, side in sides if limits]
+    lines = []
     groups = {healed: grouped(table, healed) for healed, _ in sides}
-    scores = {healed: grouped(table, healed, "zero_shot") for healed, _ in sides}
+    scores = {healed: grouped(table, healed, "zero_shot_mean") for healed, _ in sides}
     names = ["dense", *INGREDIENTS, *PEERS]
     for sparsity in sorted({sparsity for sparsity, _ in groups[False]}):
         for name in names:
@@ -144,17 +135,17 @@ def markdown(table: dict[str, Any]) -> str:
                 cells = [spread([row[text] for row in its], count=False) for its in at for text in texts]
                 if limits:
                     at = [scores[healed].get((sparsity, name), []) for healed, _ in sides]
-                    cells += [spread([statistics.mean(row.values()) for row in its], 3, count=False) for its in at]
-                lines.append(f"| {sparsity:.0%} | {name} | {' | '.join(cells)} |")
+                    cells += [spread(its, 3, count=False) for its in at]
+                lines.append([f"{sparsity:.0%}", name, *cells])
         found = [against_peers(table, sparsity, healed).get(text) for healed, _ in sides for text in texts]
         if any(found):
-            cells = [f"{each[0] / each[1]:.2f}" if each else "" for each in found] + [""] * (len(heads) - len(found))
-            lines.append(f"| {sparsity:.0%} | all ingredients / best peer | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells = [f"{each[0] / each[1]:.2f}" if each else "" for each in found] + [""] * (len(columns) - len(found))
+            lines.append([f"{sparsity:.0%}", "all ingredients / best peer", *cells])
+    return shown(told, ["removed of layers", "row", *columns], lines)
 
 
 def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity") -> dict[tuple[float, str], list[Any]]:
-    """(sparsity, row) -> perplexities (or zero-shot scores) of its seeds, text by text."""
+    """(sparsity, row) -> perplexities of its seeds, text by text (or what else is asked of its rows)."""
     groups: dict[tuple[float, str], list[Any]] = {}
     for row in table["rows"]:
         if ("heal_steps" in row) == healed and of in row:

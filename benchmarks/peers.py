@@ -201,12 +201,16 @@ def quality(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, A
             progress=False,
         )
         found["perplexity"][str(context)] = {"value": measured["perplexity"], "blocks": measured["blocks"]}
-    if args.limit:
-        scores = evaluate.tasks(model, tokenizer, TASKS, include_path=args.tasks_path, limit=args.limit, batch_size=16)
-        found["zero_shot"] = {task.removeprefix("local_"): score["acc"] for task, score in scores.items()}
-        found["zero_shot_mean"] = sum(found["zero_shot"].values()) / len(TASKS)
-        found["zero_shot_limit"] = args.limit
-    return found
+    return found | zero_shot(model, tokenizer, args)
+
+
+def zero_shot(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy on the first rows of each task; nothing where none are asked for."""
+    if not args.limit:
+        return {}
+    scores = evaluate.tasks(model, tokenizer, TASKS, include_path=args.tasks_path, limit=args.limit, batch_size=16)
+    found = {task.removeprefix("local_"): score["acc"] for task, score in scores.items()}
+    return {"zero_shot": found, "zero_shot_mean": sum(found.values()) / len(TASKS), "zero_shot_limit": args.limit}
 
 
 def markdown(table: dict[str, Any]) -> str:

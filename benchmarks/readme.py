@@ -19,7 +19,7 @@ import ingredients
 import prune_once
 import prune_peft
 from peers import markdown
-from tables import spread
+from tables import shown, spread
 
 ROOT = Path(__file__).parents[1]
 SECTION = re.compile(r"<!-- results -->.*<!-- /results -->", re.DOTALL)
@@ -108,13 +108,12 @@ def demo(result: dict[str, Any]) -> str:
 
 def best(table: dict[str, Any]) -> str:
     """Policy gradient and the best of all others at each budget, before and after healing."""
-    lines = [
+    title = (
         f"**Policy gradient and the best of eight other rows at equal parameters**, {table['model']}; perplexity on "
-        "WikiText-2 test at 128, before and after the same sixteen steps of healing:",
-        "",
-        "| removed of layers | policy gradient | best other | healed: policy gradient | healed: best other |",
-        "|---|---|---|---|---|",
-    ]
+        "WikiText-2 test at 128, before and after the same sixteen steps of healing:"
+    )
+    columns = ["removed of layers", "policy gradient", "best other", "healed: policy gradient", "healed: best other"]
+    lines = []
     for sparsity in sorted({row["sparsity"] for row in table["rows"] if row["sparsity"]}):
         cells = []
         for healed in (False, True):
@@ -127,31 +126,29 @@ def best(table: dict[str, Any]) -> str:
                 method = min(means, key=lambda name: means[name])
                 named = "" if method == "policy gradient" else f" ({method.removeprefix('policy gradient, ')})"
                 cells.append(f"{spread(found[method])}{named}")
-        lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{sparsity:.0%}", *cells])
+    return shown(title, columns, lines)
 
 
 def against_peers(table: dict[str, Any]) -> str:
     """Policy gradient with all its ingredients and the best peer as published, text by text."""
     texts = ["WikiText-2", *table["texts"]]
-    lines = [
+    title = (
         f"**Policy gradient, refit included, and the best peer as it was published** (no refit), {table['model']}; "
-        "perplexity at 128, and the part of the peer's:",
-        "",
-        f"| removed of layers | {' | '.join(texts)} |",
-        "|---|" + "---|" * len(texts),
-    ]
+        "perplexity at 128, and the part of the peer's:"
+    )
+    lines = []
     for sparsity in sorted({row["sparsity"] for row in table["rows"]}):
         found = ingredients.against_peers(table, sparsity)
         cells = [f"{ours:.1f}, {peer:.1f} ({name}): {ours / peer:.2f}" for ours, peer, name in found.values()]
         if cells:
-            lines.append(f"| {sparsity:.0%} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            lines.append([f"{sparsity:.0%}", *cells])
+    return shown(title, ["removed of layers", *texts], lines)
 
 
 def best_depth(table: dict[str, Any]) -> str:
     """Healed perplexity of whole blocks removed, shared and both."""
-    shown = {
+    kinds = {
         "removed by Block Influence": ["remove: block influence"],
         "greedily": ["remove: greedy"],
         "by gates": ["remove: gates"],
@@ -162,24 +159,22 @@ def best_depth(table: dict[str, Any]) -> str:
         "shared, not fitted": ["fold, not fitted"],
     }
     made = {row["row"] for row in table["rows"]}
-    shown = {column: names for column, names in shown.items() if made & set(names)}
-    lines = [
+    kinds = {column: names for column, names in kinds.items() if made & set(names)}
+    title = (
         f"**Blocks removed or shared at equal stored parameters**, {table['model']}; perplexity on WikiText-2 test at "
-        "128 after 32 steps of healing (in brackets before it):",
-        "",
-        f"| stored of blocks | {' | '.join(shown)} |",
-        "|---|" + "---|" * len(shown),
-    ]
+        "128 after 32 steps of healing (in brackets before it):"
+    )
+    lines = []
     for stored in sorted({row["stored"] for row in table["rows"] if row["stored"] < 1}, reverse=True):
         cells = []
-        for names in shown.values():
+        for names in kinds.values():
             rows = [row for row in table["rows"] if row["stored"] == stored and row["row"] in names]
             sides = [[r["perplexity"]["128"]["value"] for r in rows if r["healed"] == after] for after in (True, False)]
             cells.append(
                 " ".join(text.format(min(v)) for text, v in zip(("{:.1f}", "({:.1f})"), sides, strict=True) if v)
             )
-        lines.append(f"| {stored:.1%} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{stored:.1%}", *cells])
+    return shown(title, ["stored of blocks", *kinds], lines)
 
 
 def best_sparse(table: dict[str, Any]) -> str:
@@ -193,19 +188,17 @@ def best_sparse(table: dict[str, Any]) -> str:
 def best_domain(table: dict[str, Any]) -> str:
     """Scores of each method at each sparsity, and the perplexity of the domain's text."""
     rows, names = table["rows"], list(atp.headline(table["rows"][0]))
-    lines = [
+    title = (
         f"**Tuned and cut for a domain**, {table['model']['name']}, {table['data']['name']}: {table['data']['test']} "
-        f"test rows; {table['settings']['steps']} LoRA steps each, of the same rank on the same rows:",
-        "",
-        f"| removed of prunable | method | {' | '.join(names)} | domain perplexity |",
-        "|---" * (3 + len(names)) + "|",
-    ]
+        f"test rows; {table['settings']['steps']} LoRA steps each, of the same rank on the same rows:"
+    )
+    lines = []
     for sparsity, method in dict.fromkeys((row["sparsity"], row["method"]) for row in rows):
         found = [row for row in rows if (row["sparsity"], row["method"]) == (sparsity, method)]
         cells = [spread([atp.headline(row)[name] for row in found], 3) for name in names]
         cells.append(spread([row["scores"]["perplexity_full"]["perplexity"] for row in found], 2))
-        lines.append(f"| {sparsity:.0%} | {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{sparsity:.0%}", method, *cells])
+    return shown(title, ["removed of prunable", "method", *names, "domain perplexity"], lines)
 
 
 def best_units(table: dict[str, Any]) -> str:
@@ -246,41 +239,35 @@ def units(table: dict[str, Any]) -> str:
 
 def for_a_task(result: dict[str, Any]) -> str:
     """What `sentei run recipes/policy-gradient-task.yaml` wrote as result.json."""
-    lines = [
+    title = (
         "**Pruned for a task, and for the loss of the same text**: SmolLM2-135M-Instruct, three tenths of the decoder "
-        "parameters, 100 forwards of about 1,024 tokens each; LAMBADA's first 1,000 passages, which neither has seen.",
-        "",
-        "| | last word right | WikiText-2 perplexity at 128 |",
-        "|---|---|---|",
-    ]
+        "parameters, 100 forwards of about 1,024 tokens each; LAMBADA's first 1,000 passages, which neither has seen."
+    )
+    lines = []
     for name, found in result["measurements"].items():
         by_metric = {each["metric"]: each for each in found if each["metric"] == "acc" or "context" in each}
-        accuracy = by_metric["acc"]
-        lines.append(
-            f"| {name} | {accuracy['value']:.1%} ± {accuracy['stderr']:.1%} | {by_metric['perplexity']['value']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        right, perplexity = by_metric["acc"], by_metric["perplexity"]["value"]
+        lines.append([name, f"{right['value']:.1%} ± {right['stderr']:.1%}", f"{perplexity:.1f}"])
+    return shown(title, ["model", "last word right", "WikiText-2 perplexity at 128"], lines)
 
 
 def search(result: dict[str, Any]) -> str:
     """What a step of the search costs."""
-    lines = [
+    title = (
         f"**What a step of the search costs**, {result['model']}, as a ratio to the dense forward of the same round "
         f"({result['machine']}); a step is counted per mask. Peak memory of the search is "
-        f"{result['memory']['ratio']:.2f}x that of inference with the same batch.",
-        "",
-        "| tokens | removed | masked | sliced | whole step (least to most) | ideal | whole step / ideal |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        f"{result['memory']['ratio']:.2f}x that of inference with the same batch."
+    )
+    columns = ["tokens", "removed", "masked", "sliced", "whole step (least to most)", "ideal", "whole step / ideal"]
+    lines = []
     by_way = {(row["tokens"], row["sparsity"], row["way"]): row for row in result["time"]}
     for tokens, sparsity, way in by_way:
         if way == "step":
             masked, sliced, step = (by_way[tokens, sparsity, name] for name in ("masked", "sliced", "step"))
-            lines.append(
-                f"| {tokens} | {sparsity:.0%} | {masked['ratio']:.2f} | {sliced['ratio']:.2f} | {step['ratio']:.2f} "
-                f"({step['least']:.2f} to {step['most']:.2f}) | {step['ideal']:.2f} | {step['over_ideal']:.2f} |"
-            )
-    return "\n".join(lines) + "\n"
+            whole = f"{step['ratio']:.2f} ({step['least']:.2f} to {step['most']:.2f})"
+            ratios = f"{masked['ratio']:.2f}", f"{sliced['ratio']:.2f}", whole
+            lines.append([f"{tokens}", f"{sparsity:.0%}", *ratios, f"{step['ideal']:.2f}", f"{step['over_ideal']:.2f}"])
+    return shown(title, columns, lines)
 
 
 def several(result: dict[str, Any]) -> str:
@@ -295,19 +282,21 @@ def several(result: dict[str, Any]) -> str:
 
 def scaling(result: dict[str, Any]) -> str:
     """How the time of a step grows."""
-    lines = [
+    title = (
         f"**What a step costs as models and batches grow**: {result['model']}, {result['machine']}; seconds for each "
-        "mask, and against the first line's seconds for each parameter and token.",
-        "",
-        "| hidden width | parameters | tokens | s | of linear |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['hidden']} | {row['parameters'] / 1e6:.0f} M | {row['tokens']} | {row['seconds']:.2f} "
-        f"| {row['of_linear']:.2f} |"
+        "mask, and against the first line's seconds for each parameter and token."
+    )
+    lines = [
+        [
+            f"{row['hidden']}",
+            f"{row['parameters'] / 1e6:.0f} M",
+            f"{row['tokens']}",
+            f"{row['seconds']:.2f}",
+            f"{row['of_linear']:.2f}",
+        ]
         for row in result["scaling"]
     ]
-    return "\n".join(lines) + "\n"
+    return shown(title, ["hidden width", "parameters", "tokens", "s", "of linear"], lines)
 
 
 if __name__ == "__main__":

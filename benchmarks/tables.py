@@ -78,6 +78,12 @@ def add(out: Path, table: dict[str, Any], row: dict[str, Any], *silent: str) -> 
     print(json.dumps({key: row[key] for key in row if key not in silent}), flush=True)
 
 
+def shown(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    """A title and a Markdown table under it."""
+    head = [title, "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
+
+
 def spread(values: list[float], digits: int = 1, count: bool = True) -> str:
     """Mean ± standard deviation of the finite values, and their number; empty without any."""
     values = [value for value in values if math.isfinite(value)]

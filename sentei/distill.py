@@ -255,9 +255,8 @@ class _HeadLoss(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = max(1, len(targets_N))
-        asked_N = targets_N != IGNORE  # the others have a KL only
-        # All is divided by `count` at the end; 1 where every position is asked.
-        ce_share = count / max(1, int(asked_N.sum()))
+        # The others have a KL only. All is divided by `count` at the end; 1 where every position is asked.
+        ce_share = count / max(1, int((targets_N != IGNORE).sum()))
         ce = torch.zeros((), device=hidden_NH.device)
         divergence = torch.zeros((), device=hidden_NH.device)
         grad_NH = torch.zeros_like(hidden_NH) if differentiate else None
@@ -270,18 +269,12 @@ class _HeadLoss(torch.autograd.Function):
                 logits_nV = student(hidden_nH)
             if teacher is None and grad_NH is None:
                 for piece_nV, target_n in zip(logits_nV.split(PIECE), targets_N[rows].split(PIECE), strict=True):
-                    z_nV = _below_zero_(piece_nV.float())
-                    asked_n = target_n != IGNORE
-                    picked_n = z_nV.gather(1, torch.where(asked_n, target_n, 0)[:, None])[:, 0]
-                    ce -= (picked_n - z_nV.exp_().sum(-1).log())[asked_n].sum() * ce_share
+                    ce += _surprise_(_below_zero_(piece_nV.float()), target_n)[0] * ce_share
                 continue
             z_nV = _below_zero_(logits_nV.detach().float())
-            asked_n1 = asked_N[rows, None]
-            target_n1 = torch.where(asked_n1, targets_N[rows, None], 0)
-            picked_n1 = z_nV.gather(1, target_n1)
             softened_nV = z_nV / t if teacher is not None else None
-            total_n1 = z_nV.exp_().sum(-1, keepdim=True)
-            ce -= (picked_n1 - total_n1.log())[asked_n1].sum() * ce_share
+            surprise, asked_n1, target_n1, total_n1 = _surprise_(z_nV, targets_N[rows])
+            ce += surprise * ce_share
             weight_n1 = asked_n1 * (weights.ce_weight * ce_share / count)
             slope_nV = z_nV.mul_(weight_n1 / total_n1).scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
             if teacher is not None:
@@ -310,6 +303,15 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_NH, *grads = (grad * outputs[0] for grad in ctx.saved_tensors)
         return grad_NH, None, None, None, None, None, None, *grads
+
+
+def _surprise_(z_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cross-entropies of what is asked, summed; where that is; the targets; the sums of exp(z), which z becomes."""
+    asked_n1 = (target_n != IGNORE)[:, None]
+    target_n1 = torch.where(asked_n1, target_n[:, None], 0)
+    picked_n1 = z_nV.gather(1, target_n1)
+    total_n1 = z_nV.exp_().sum(-1, keepdim=True)
+    return (total_n1.log() - picked_n1)[asked_n1].sum(), asked_n1, target_n1, total_n1
 
 
 def _below_zero_(z_nV: Tensor) -> Tensor:

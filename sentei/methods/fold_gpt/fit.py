@@ -51,10 +51,11 @@ def fit(
     ours = Replay(folder.model, blocks_NT, batch_size)
     share = correction if takes_correction(ours.row) else 0.0
     theirs = Replay(dense, blocks_NT, batch_size) if share else None
-    corrected = [number for number, layer in enumerate(ours.layers) if _corrected(layer, ours.row)]
+    corrected = {n: found for n, layer in enumerate(ours.layers) if (found := _corrected(layer, ours.row))}
     passed = 0  # layers of the dense model that the text is through
-    for number in range(corrected[-1] + 1 if corrected else 0):
-        tick("fitting", number, corrected[-1] + 1)
+    depth = max(corrected, default=-1) + 1
+    for number in range(depth):
+        tick("fitting", number, depth)
         if number in corrected:
             streams: dict[str, Tensor] = {}
             if theirs is not None:
@@ -62,7 +63,7 @@ def fit(
                     theirs.advance(below)
                 streams = theirs.streams(origin[number])
                 passed = origin[number] + 1
-            for kind, linear in _corrected(ours.layers[number], ours.row).items():
+            for kind, linear in corrected[number].items():
                 own = _own_outputs(folder, ours, number, kind)
                 _fit(linear, _moments(ours, number, kind, own, streams.get(kind), share), ridge)
         ours.advance(number)
