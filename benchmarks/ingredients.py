@@ -3,11 +3,11 @@
     python benchmarks/ingredients.py --out results/ingredients-smollm2.json --sparsity 0.2 0.3 0.5
     python benchmarks/ingredients.py --out results/ingredients-smollm2.json --markdown
 
-A row adds one ingredient to the row above it, from equal widths in FLAP's order to all of them. The peers are those of
-`peers.py`, at the same budget and as they were published: without compensation or with the means of what goes,
-whichever is better on held-out calibration text. All calibrate on the same articles and are judged on WikiText-2 raw
-test and on texts of other kinds. Rows are appended as they are made. With --heal-steps rows are also healed, all alike,
-and with --limit the zero-shot tasks of `peers.py` are asked too.
+A row adds one ingredient to the row above it, from equal widths in FLAP's order to all of them; a first row has all but
+the search. The peers are those of `peers.py`, at the same budget and as they were published: without compensation or
+with the means of what goes, whichever is better on held-out calibration text. All calibrate on the same articles and
+are judged on WikiText-2 raw test and on texts of other kinds. Rows are appended as they are made. With --heal-steps
+rows are also healed, all alike, and with --limit the zero-shot tasks of `peers.py` are asked too.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 
 SEARCH = PolicyGradient(granularity="channels", compensate="mean")
-INGREDIENTS: dict[str, tuple[str, int, str, int, float]] = {  # order, pairs, compensation, blocks, correction
-    "equal widths, FLAP's order": ("flap", 0, "none", 64, 0.0),
-    "+ means of what goes": ("flap", 0, "mean", 64, 0.0),
-    "+ search over widths": ("flap", 50, "mean", 64, 0.0),
-    "+ refit on 8,192 tokens": ("flap", 50, "least-squares", 64, 0.0),
-    "+ refit on 32,768 tokens": ("flap", 50, "least-squares", 256, 0.0),
-    "+ 0.3 of the layers' errors made good": ("flap", 50, "least-squares", 256, 0.3),  # not in every model
-    "+ FLAP's or Wanda's order, by measuring": ("auto", 50, "least-squares", 256, 0.3),
+INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
+    "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
+    "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
+    "+ means of what goes": ("flap", False, "mean", 64, 0.0),
+    "+ search over widths": ("flap", True, "mean", 64, 0.0),
+    "+ refit on 8,192 tokens": ("flap", True, "least-squares", 64, 0.0),
+    "+ refit on 32,768 tokens": ("flap", True, "least-squares", 256, 0.0),
+    "+ 0.3 of the layers' errors made good": ("flap", True, "least-squares", 256, 0.3),  # not in every model
+    "+ FLAP's or Wanda's order, by measuring": ("auto", True, "least-squares", 256, 0.3),
 }
 PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
 
@@ -79,7 +80,7 @@ def main() -> None:
                 if wanted <= made or (seed and name in PEERS and ROWS[name][2] == 1):
                     continue
                 method, compensations, search = how(name)
-                method = replace(method, sparsity=sparsity, seed=seed, round_to=1)  # as the table began
+                method = replace(method, sparsity=sparsity, seed=seed)
                 kept = Path(args.masks) / f"{search}-{sparsity}-{seed}.pt"
                 pruned, found = prune(method, compensations, model, tokenizer, text, kept)
                 row = {"row": name, "sparsity": sparsity, "seed": seed} | found
@@ -93,12 +94,18 @@ def main() -> None:
 def how(name: str) -> tuple[Any, tuple[str, ...], str]:
     """A row's method, the compensations tried, and the name of its search, which several rows may share."""
     if name in INGREDIENTS:
-        init, pairs, compensation, blocks, correction = INGREDIENTS[name]
-        if not pairs:
-            equal = OneShot(criterion=init, granularity="channels", scope="layer", calibration_samples=blocks)
+        init, searched, compensation, blocks, correction = INGREDIENTS[name]
+        if not searched:
+            equal = OneShot(
+                criterion=init,
+                granularity="channels",
+                scope="layer",
+                correction=correction,
+                calibration_samples=blocks,
+            )
             return equal, (compensation,), f"{init} order, equal widths"
-        method = replace(SEARCH, init=init, coarse_steps=pairs, correction=correction, calibration_samples=blocks)
-        return method, (compensation,), f"{init} order, {pairs} pairs"
+        method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks)
+        return method, (compensation,), f"{init} order, searched"
     method, compensations, _ = ROWS[name]
     if name != "greedy":
         method = replace(method, calibration_samples=64)
@@ -113,8 +120,8 @@ def markdown(table: dict[str, Any]) -> str:
     limits = sorted({row["zero_shot_limit"] for row in table["rows"] if "zero_shot" in row})
     told = (
         f"{table['model']}, {table['dtype'].removeprefix('torch.')}; perplexity at 128 (WikiText-2 raw test: 100 "
-        f"blocks; {blocks}), mean ± s.d. over seeds. Each row of policy gradient adds to the one above it; peers have "
-        "no refit."
+        f"blocks; {blocks}), mean ± s.d. over seeds. A row that begins with + adds to the one above it; peers have no "
+        "refit."
     )
     if steps:
         told += f" Healed: {'/'.join(map(str, steps))} steps of LoRA on the calibration text, KL to the parent."

@@ -108,13 +108,13 @@ def main() -> None:
 
 
 def with_fields(name: str, sparsity: float, seed: int, args: argparse.Namespace) -> Any:
-    """A row's method. The table began without a correction (see ingredients.py) and without rounding."""
+    """A row's method. The table began without slopes, a correction (see ingredients.py) and rounding."""
     method = ROWS[name][0]
     fields = {"sparsity": sparsity, "seed": seed, "correction": 0.0, "round_to": 1}
     if name != "greedy":
         fields["calibration_samples"] = args.calibration
     if isinstance(method, PolicyGradient):
-        fields |= {"coarse_steps": args.search_steps, "batch_size": args.search_batch}
+        fields |= {"slope_sweeps": 0, "coarse_steps": args.search_steps, "batch_size": args.search_batch}
     return replace(method, **fields)
 
 

@@ -241,7 +241,9 @@ def worker(args: argparse.Namespace) -> dict[str, float]:
         with torch.inference_mode():
             model(input_ids=data.blocks(text.train, tokenizer, 128, num=8), use_cache=False)
     else:
-        method = PolicyGradient(sparsity=0.3, granularity="channels", coarse_steps=2, calibration_samples=16)
+        method = PolicyGradient(
+            sparsity=0.3, granularity="channels", slope_sweeps=1, coarse_steps=2, calibration_samples=16
+        )
         method.choose(method.start(model, tokenizer, text))
     return {"peak_mb": tables.peak()}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentei import data, masks, structure
 from sentei.methods.policy_gradient import PAPER, PolicyGradient
 from sentei.methods.policy_gradient.estimate import ESTIMATORS, estimate, project, shift, sigmap, uniform
-from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops
+from sentei.methods.policy_gradient.levels import FAR, Allocation, Bits, Drops
 from sentei.methods.policy_gradient.search import STATE, Search
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away into woods "
@@ -595,6 +595,21 @@ def test_what_cannot_be_afforded_is_no_forward(words):
     assert level.forwards == 1 + 2 * (4 + 3 + 2 + 1) / 4 + len(level.counts)
     record = method.compress(tiny_model("llama"), words, TEXT)
     assert record["skipped"] == 0 and record["forwards"] == level.forwards
+
+
+@pytest.mark.parametrize("reward", ["lm_loss", f"{__name__}:all_alike"])
+def test_what_a_sweep_of_slopes_costs(words, reward):
+    """Two kinds in four layers: a loss begins at the layer that changes, a reward may do anything and is run whole."""
+    fields = QUICK | {"slope_sweeps": 2, "coarse_steps": 0, "reward": reward}
+    record = PolicyGradient(sparsity=0.2, granularity="heads+channels", **fields).compress(
+        tiny_model("llama"), words, TEXT
+    )
+    shared = reward == "lm_loss"
+    assert record["forwards"] == 2 * (2 + (2 * (4 + 3 + 2 + 1) / 4 if shared else 8) + 2 * len(FAR))
+
+
+def all_alike(model, batch):
+    return 1.0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])

@@ -487,7 +487,7 @@ def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, c
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
     assert "reward: recipes.last_word:last_word\n" in for_task and "reward: lm_loss\n" in for_loss
-    same = ("model: parent\n", "sparsity: 0.3\n", "coarse_steps: 50\n", "granularity: channels\n")
+    same = ("model: parent\n", "sparsity: 0.3\n", "slope_sweeps: 3\n", "granularity: channels\n")
     assert all(line in stage for line in same for stage in (for_task, for_loss))
 
 

@@ -169,6 +169,8 @@ def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, 
         forward: seconds of one of so many `tokens`.
         step: seconds of one in a search, which a reward may make longer.
     """
+    from sentei.methods.policy_gradient.levels import FAR
+
     values = dataclasses.asdict(method)
     if values.get("minutes"):
         return f"; about {values['minutes']:g} minutes, as asked"
@@ -178,10 +180,12 @@ def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, 
         forwards += whole * sum(_passes(method, model, units).values())
     if units is not None and "coarse_steps" in values:
         widths = not method.whole and method.shape != "uniform"  # which those levels search over
-        steps = values["coarse_steps"] * widths + values["steps"]
+        sweeps, steps = values["slope_sweeps"] * widths, values["coarse_steps"] * widths + values["steps"]
         searched += 2 * values["coarse_steps"] * widths + values["samples"] * values["steps"]
-        searched += values["slope_sweeps"] * widths * (2 + units.num_layers * len(units.granularity) / 2)
-        searched += (1 + steps / values["eval_every"]) * values["eval_samples"] / values["batch_size"]
+        each = 0.5 if values["reward"] == "lm_loss" else 1.0  # from the layer that changes on, if nothing else runs
+        kinds = len(units.granularity)
+        searched += sweeps * (2 + kinds * (each * units.num_layers + len(FAR)))
+        searched += (1 + sweeps + steps / values["eval_every"]) * values["eval_samples"] / values["batch_size"]
     elif values.get("steps"):
         forwards += _TRAINING_STEP * values["steps"] * values.get("accumulate", 1)
     forwards += _TRAINING_STEP * (values.get("heal_steps") or 0) * values.get("accumulate", 1)

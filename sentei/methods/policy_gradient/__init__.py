@@ -94,11 +94,11 @@ class PolicyGradient(Structural):
     )
     budget: str = option("global", "global: all units compete; family: heads and channels lose the same fraction")
     slope_sweeps: int = option(
-        0, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "[ours]"
+        3, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "[ours]"
     )
     slope_delta: float = option(0.1, "how much of a layer's units gives way in such a forward", "[ours]")
     slope_rate: float = option(4.0, "assumed decay of the loss in a keep-fraction: higher moves less", "[ours]")
-    coarse_steps: int = option(50, "antithetic pairs of the search over keep-fractions; 0 leaves it out")
+    coarse_steps: int = option(0, "antithetic pairs of the search over keep-fractions; 0 leaves it out", "[ours]")
     coarse_sigma: float = option(0.05, "standard deviation of the perturbed keep-fractions")
     coarse_lr: float = option(0.02, "typical move of a keep-fraction in one step, cosine to 0")
     steps: int = option(0, "steps of the search over units", "15,000 in the authors' scripts")

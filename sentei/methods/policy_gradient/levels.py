@@ -133,9 +133,7 @@ class Drops:
         self.groups = [number_P == number for number in number_P.unique()]
         counts = {0, *(2**i for i in range(16)), *(3 * 2**i for i in range(16))}
         self.counts = sorted(count for count in counts if count < len(self.groups))
-        layers = search.units.num_layers
-        below = [int(allocation.layer_P[group].min()) for group in self.groups]
-        self.sweep = 1 + sum(layers - layer for layer in below) / layers
+        self.sweep = 1 + sum(search.cost_from(int(allocation.layer_P[group].min())) for group in self.groups)
         self.forwards = self.sweep + len(self.counts)
         self.order: list[int] = []
 
@@ -221,8 +219,7 @@ class Slopes:
         self.delta_P = torch.clamp(1 / sizes_P, min=self.method.slope_delta)  # at least one unit
         heads_P = allocation.kind_P == structure.KINDS.index("heads")
         self.free = [torch.ones_like(heads_P)] if heads_P.all() or not heads_P.any() else [~heads_P, heads_P >= 0]
-        layers = search.units.num_layers
-        self.forwards = 2 + float((layers - allocation.layer_P).sum()) / layers + len(FAR) * len(self.free)
+        self.forwards = 2 + sum(map(search.cost_from, allocation.layer_P.tolist())) + len(FAR) * len(self.free)
         self.sample_P, self.ways = self.sum_P, [allocation.fraction_P]  # of the step under way
 
     def measure(self, step: int, turn: int) -> list[float]:

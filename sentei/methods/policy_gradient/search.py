@@ -233,6 +233,10 @@ class Search:
             return masks.starting_at(self.run.model, layer, inputs[layer])
         return nullcontext()
 
+    def cost_from(self, layer: int) -> float:
+        """Forwards of the whole model that one inside `from_layer` costs."""
+        return 1 - layer / self.units.num_layers if self.reward is None else 1.0
+
     def batch(self, step: int) -> Tensor:
         """[B, T] this process's text of a step."""
         return self._of_step(self.batches, step)
