@@ -27,7 +27,7 @@ def logits(model, tokens):
 SCORES = {
     "magnitude": lambda m, u: importance.magnitude(m, u),
     "wanda": lambda m, u: importance.wanda(m, u, blocks(), 0.3),
-    "flap": lambda m, u: importance.flap(m, u, blocks()),
+    "flap": lambda m, u: importance.flap(m, u, importance.moments(m, blocks(), u.granularity)),
     "taylor": lambda m, u: importance.taylor(m, u, blocks(), loss),
 }
 
@@ -98,7 +98,8 @@ def random_keep(units, share=0.7):
 def test_mean_bias_equals_mean_fill(any_model, tokens):
     model = any_model.double()
     units = structure.units(model)
-    keep, fill = random_keep(units), importance.mean_fill(model, units, blocks())
+    keep = random_keep(units)
+    fill = importance.mean_fill(importance.moments(model, blocks(), units.granularity))
     with masks.masked(model, units, keep, fill):
         expected = logits(model, tokens)
     structure.remove(model, units, keep, importance.mean_bias(model, units, keep, fill))

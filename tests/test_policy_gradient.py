@@ -612,6 +612,18 @@ def all_alike(model, batch):
     return 1.0
 
 
+def test_the_text_is_read_once_for_flap_and_for_the_means(words):
+    method = PolicyGradient(
+        sparsity=0.2, init="flap", compensate="mean", **QUICK | {"slope_sweeps": 0, "eval_every": 4}
+    )
+    run = method.start(tiny_model("llama"), words, TEXT)
+    read = []
+    run.model.model.register_forward_hook(lambda module, inputs, output: read.append(1))
+    method.choose(run)
+    searched = 2 * method.coarse_steps + 2  # and the mask at the start and at the end on held-out text
+    assert len(read) == searched + 1
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])
 @pytest.mark.parametrize("granularity", ["sublayers", "channels", "heads"])
 def test_what_is_gone_as_a_whole_is_not_run(family, granularity, tokens):

@@ -359,6 +359,7 @@ def test_plan_counts_the_forwards(parent):
     assert "; 6 of them: about" in said  # 4 / 2 + 1 and 3 / 2 + 1, of 4 blocks
     assert "the method needs none" in recipe.plan(parent, criterion="magnitude", **fields)["time"]
     assert "; 3 of them: about" in recipe.plan(parent, criterion="wanda", compensate="mean", **fields)["time"]
+    assert "; 1 of them: about" in recipe.plan(parent, criterion="flap", compensate="mean", **fields)["time"]
     refit = recipe.plan(parent, criterion="taylor", compensate="least-squares", **fields)
     assert "; 8 of them: about" in refit["time"]  # three, the refit's three, one and a half to correct it
     widths = {"method": "policy_gradient", **TINY, "seq_len": 16, "batch_size": 4, "compensate": "none", "steps": 4}

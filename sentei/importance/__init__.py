@@ -23,7 +23,7 @@ from sentei.importance.compensation import (
     refit_tokens,
     takes_correction,
 )
-from sentei.importance.replay import Moments, Replay, Tick
+from sentei.importance.replay import Moments, Replay, Tick, moments
 from sentei.importance.scores import (
     block_influence,
     flap,
@@ -44,6 +44,7 @@ __all__ = [
     "magnitude",
     "mean_bias",
     "mean_fill",
+    "moments",
     "refit",
     "refit_tokens",
     "standardised",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import masks, structure
-from sentei.importance.replay import Replay, Tick, moments, no_tick
+from sentei.importance.replay import Moments, Replay, Tick, no_tick
 from sentei.structure import Family, Units
 
 
@@ -21,10 +21,9 @@ def takes_correction(row: Family) -> bool:
     return len(row.mlp_norms) == 1
 
 
-def mean_fill(model: nn.Module, units: Units, blocks_NT: Tensor, *, tick: Tick = no_tick) -> masks.Fill:
-    """(layer, kind) -> mean activation of each input column, measured on the dense model: for masked forwards."""
-    found = moments(model, blocks_NT, units.granularity, tick=tick)
-    return {key: seen.mean_W.float() for key, seen in found.items()}
+def mean_fill(seen: dict[tuple[int, str], Moments]) -> masks.Fill:
+    """(layer, kind) -> mean activation of each input column, from `moments` of the dense model: for masked forwards."""
+    return {key: of.mean_W.float() for key, of in seen.items()}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import masks, structure
-from sentei.importance.replay import Moments, Replay, Tick, moments, no_tick
+from sentei.importance.replay import Moments, Replay, Tick, no_tick
 from sentei.structure import LayerSize, Units
 
 
@@ -104,10 +104,13 @@ def wanda(
 
 
 @torch.no_grad()
-def flap(model: nn.Module, units: Units, blocks_NT: Tensor, *, tick: Tick = no_tick) -> Tensor:
-    """FLAP's fluctuation metric: variance of x_j times |W[:, j]|^2, z-scored inside each layer and kind."""
+def flap(model: nn.Module, units: Units, seen: dict[tuple[int, str], Moments]) -> Tensor:
+    """FLAP's fluctuation metric: variance of x_j times |W[:, j]|^2, z-scored inside each layer and kind.
+
+    Args:
+        seen: (layer, kind) -> what the reading linears take in, from `moments`.
+    """
     row = structure.family(model)
-    seen = moments(model, blocks_NT, units.granularity, tick=tick)
 
     def score(layer: nn.Module, number: int, kind: str, size: LayerSize) -> Tensor:
         linear = structure.reader(layer, row, kind)

@@ -96,7 +96,7 @@ class OneShot(Structural):
             fraction = masks.removal_target(units, self.sparsity) / units.total
             return importance.wanda(model, units, blocks_NT, fraction, sequential=self.sequential, tick=tick)
         if self.criterion == "flap":
-            return importance.flap(model, units, blocks_NT, tick=tick)
+            return importance.flap(model, units, run.moments)
         if self.criterion == "taylor":
             score_U = importance.taylor(model, units, blocks_NT, run.loss, tick=tick)
             # A global choice buys parameters with importance, so what counts is importance per parameter.

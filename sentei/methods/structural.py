@@ -42,9 +42,14 @@ class Run:
         return self.blocks(method.calibration_samples, method.calibration_seq_len)
 
     @cached_property
+    def moments(self) -> dict[tuple[int, str], importance.Moments]:
+        """What the dense model's reading linears take in on the calibration text, by (layer, kind)."""
+        return importance.moments(self.model, self.calibration, self.units.granularity, tick=self.tick)
+
+    @cached_property
     def fill(self) -> masks.Fill:
         """Mean activations of the dense model on the calibration text: for a search and for the cut after it."""
-        return importance.mean_fill(self.model, self.units, self.calibration, tick=self.tick)
+        return importance.mean_fill(self.moments)
 
     def blocks(self, num: int | None, seq_len: int, part: str = "train") -> Tensor:
         documents = getattr(self.text, part)

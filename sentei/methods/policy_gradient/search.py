@@ -300,7 +300,7 @@ class Search:
         if init == "wanda":
             return importance.wanda(model, units, calibration, self.remove / units.total, tick=self.run.tick)
         if init == "flap":
-            return importance.flap(model, units, calibration)
+            return importance.flap(model, units, self.run.moments)
         if init == "taylor":
             with torch.inference_mode(False), torch.enable_grad():
                 return importance.taylor(model, units, calibration.clone(), self.run.loss, tick=self.run.tick)
