@@ -161,17 +161,24 @@ def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity")
 
 
 def against_peers(table: dict[str, Any], sparsity: float, healed: bool = False) -> dict[str, tuple[float, float, str]]:
-    """Text -> (mean of the row with most ingredients, mean of the best peer, its name); empty if one is missing."""
-    groups = grouped(table, healed)
-    ours = [groups[sparsity, name] for name in INGREDIENTS if (sparsity, name) in groups][-1:]
-    peers = {name: groups[sparsity, name] for name in PEERS if (sparsity, name) in groups}
+    """Text -> (mean of the row with most ingredients, mean of the best peer, its name), and "zero-shot" where asked.
+
+    Empty if one is missing.
+    """
+    groups, scores = grouped(table, healed), grouped(table, healed, "zero_shot_mean")
+    ours = [(sparsity, name) for name in INGREDIENTS if (sparsity, name) in groups][-1:]
+    peers = [(sparsity, name) for name in PEERS if (sparsity, name) in groups]
     if not ours or not peers:
         return {}
     found = {}
     for text in ("WikiText-2", *table["texts"]):
-        means = {name: statistics.mean(row[text] for row in group) for name, group in peers.items()}
-        best = min(means, key=lambda name: means[name])
-        found[text] = statistics.mean(row[text] for row in ours[0]), means[best], best
+        means = {each: statistics.mean(row[text] for row in groups[each]) for each in (*ours, *peers)}
+        best = min(peers, key=lambda each: means[each])
+        found[text] = means[ours[0]], means[best], best[1]
+    asked = [each for each in peers if each in scores]
+    if asked and ours[0] in scores:
+        best = max(asked, key=lambda each: statistics.mean(scores[each]))
+        found["zero-shot"] = statistics.mean(scores[ours[0]]), statistics.mean(scores[best]), best[1]
     return found
 
 

@@ -38,7 +38,7 @@ def main() -> None:
             "demo": demo,
             "peers-smollm2": best,
             "peers-smollm2-mha": best,
-            "ingredients-smollm2": against_peers,
+            "ingredients-smollm2-bf16": against_peers,
             "ingredients-gemma-3-270m": against_peers,
             "fold-smollm2": best_depth,
             "fold-gemma-3-270m": best_depth,
@@ -52,6 +52,7 @@ def main() -> None:
             "demo": demo,
             "peers-smollm2": peers,
             "peers-smollm2-mha": peers,
+            "ingredients-smollm2-bf16": parts_of_the_search,
             "ingredients-smollm2": parts_of_the_search,
             "ingredients-gemma-3-270m": parts_of_the_search,
             "estimators-smollm2": ways,
@@ -137,13 +138,20 @@ def against_peers(table: dict[str, Any]) -> str:
         f"**Policy gradient, refit included, and the best peer as it was published** (no refit), {table['model']}; "
         "perplexity at 128, and the part of the peer's:"
     )
-    lines = []
+    lines, columns = [], ["removed of layers", *texts]
     for sparsity in sorted({row["sparsity"] for row in table["rows"]}):
-        found = ingredients.against_peers(table, sparsity)
-        cells = [f"{ours:.1f}, {peer:.1f} ({name}): {ours / peer:.2f}" for ours, peer, name in found.values()]
-        if cells:
-            lines.append([f"{sparsity:.0%}", *cells])
-    return shown(title, ["removed of layers", *texts], lines)
+        for healed in (False, True):
+            found = ingredients.against_peers(table, sparsity, healed)
+            cells = []
+            for text, (ours, peer, name) in found.items():
+                if text == "zero-shot":
+                    cells.append(f"{ours:.3f}, {peer:.3f} ({name})")
+                    columns = ["removed of layers", *texts, "zero-shot"]
+                else:
+                    cells.append(f"{ours:.1f}, {peer:.1f} ({name}): {ours / peer:.2f}")
+            if cells:
+                lines.append([f"{sparsity:.0%}{', healed alike' if healed else ''}", *cells])
+    return shown(title, columns, lines)
 
 
 def best_depth(table: dict[str, Any]) -> str:
