@@ -6,11 +6,12 @@
 
 Time, each as a ratio to the dense forward of the same round, next to the ideal (floating-point operations of what is
 kept, LM head included): "masked" and "sliced" are the forward of one batch under the mask that a step samples, with the
-means of dropped channels filled in; "step" is a whole step of the search, sampling and update included, per sampled
-mask. Memory: peak resident set of a process that loads the model and runs the forward of one batch, and of one that
-searches with that batch. With --processes the time of as many sampled masks by one process and by several (gloo, one
-thread each) is measured instead; with --scaling a step of random Llama models of several widths and batches, which
-should take as long as their parameters, LM head included, times their tokens.
+means of dropped channels filled in; "step" is a whole step along random directions, sampling and update included, and
+"sweep" one of slopes, the default, each per sampled mask. Memory: peak resident set of a process that loads the model
+and runs the forward of one batch, and of one that searches with that batch, several of each. With --processes the time
+of as many sampled masks by one process and by several (gloo, one thread each) is measured instead; with --scaling a
+step of random Llama models of several widths and batches, which should take as long as their parameters, LM head
+included, times their tokens.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's, if the machine is quick in it), ...")
+    parser.add_argument("--memory-runs", type=int, default=3, help="pairs of processes for the peak memory")
     parser.add_argument("--processes", type=int, help="measure the speed-up of this many instead")
     parser.add_argument("--steps", type=int, default=12, help="of one process, for --processes")
     parser.add_argument("--scaling", action="store_true", help="measure random models of several widths instead")
@@ -125,6 +127,7 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
 def one_round(level: Widths, turn: int, dense: bool) -> dict[str, float]:
     """Seconds of a forward in each way, and of a step for each of its two masks."""
     from sentei import masks
+    from sentei.methods.policy_gradient.levels import Slopes
 
     search, keep_U = level.search, level.sample(turn)[0]
     model, ids = search.run.model, search.batch(turn)
@@ -137,9 +140,11 @@ def one_round(level: Widths, turn: int, dense: bool) -> dict[str, float]:
         with context:
             float(search.run.loss(model, ids, turn))
         found[way] = time.perf_counter() - began
-    began = time.perf_counter()
-    level.update(level.measure(turn, turn), turn)
-    found["step"] = (time.perf_counter() - began) / 2
+    for way, of in (("step", level), ("sweep", Slopes(search, level.allocation))):
+        began = time.perf_counter()
+        losses = of.measure(turn, turn)
+        of.update(losses, turn)
+        found[way] = (time.perf_counter() - began) / len(losses)
     return found
 
 
@@ -220,12 +225,15 @@ def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    found = {}
-    for kind in ("inference", "search"):
-        command = [sys.executable, __file__, "--worker", kind, "--model", args.model, "--data", args.data]
-        command += ["--dtype", args.dtype]
-        found[kind] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found | {"ratio": found["search"]["peak_mb"] / found["inference"]["peak_mb"]}
+    found: dict[str, list[float]] = {"inference": [], "search": []}
+    for _ in range(args.memory_runs):
+        for kind, peaks in found.items():
+            command = [sys.executable, __file__, "--worker", kind, "--model", args.model, "--data", args.data]
+            command += ["--dtype", args.dtype]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            peaks.append(json.loads(said)["peak_mb"])
+    ratios = [search / inference for inference, search in zip(*found.values(), strict=True)]
+    return {"peak_mb": found, "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def worker(args: argparse.Namespace) -> dict[str, float]:

@@ -66,6 +66,16 @@ def test_replay_is_the_forward_pass(family):
         torch.testing.assert_close(torch.cat(replay.hidden), output.hidden_states[number + 1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_calibration_pass_keeps_no_keys_and_values(family):
+    model, found = tiny_model(family), []
+    look = lambda module, args, output: found.append(output.get("past_key_values"))  # noqa: E731
+    structure.base_model(model).register_forward_hook(look)
+    importance.moments(model, blocks(), ("heads", "channels"))
+    importance.block_influence(model, structure.units(model, "layers"), blocks())
+    assert found == [None, None]
+
+
 def test_block_influence_finds_an_idle_block():
     model = tiny_model("llama")
     with torch.no_grad():

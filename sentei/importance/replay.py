@@ -38,8 +38,6 @@ class Replay:
         self.layers = structure.layers(model)
         self.hidden: list[Tensor] = []
         self._arguments: dict[tuple[int, int], tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        base = structure.base_model(model)
-        device = next(model.parameters()).device
         with torch.no_grad():
             for ids_BT in blocks_NT.split(batch_size):
                 with ExitStack() as stack:
@@ -48,7 +46,7 @@ class Replay:
                         hook = self._capture(number, stop=not whole)
                         stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
                     with suppress(_Stop):
-                        base(input_ids=ids_BT.to(device), **({"use_cache": False} if self.row.pre_norm else {}))
+                        structure.run_layers(model, ids_BT)
 
     def _capture(self, number: int, stop: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,10 +121,10 @@ class Moments:
         self.sum_W = self.square_W = torch.zeros(())
 
     def __call__(self, x_TW: Tensor) -> None:
-        x_TW = x_TW.float()
         self.count += len(x_TW)
-        self.sum_W = self.sum_W + x_TW.sum(0).double().cpu()
-        self.square_W = self.square_W + x_TW.square().sum(0).double().cpu()
+        parts = x_TW.split(64)  # copies in fp32 stay small: large ones leave holes in the C heap
+        self.sum_W = self.sum_W + sum(part_TW.float().sum(0).double() for part_TW in parts).cpu()
+        self.square_W = self.square_W + sum(part_TW.float().square().sum(0).double() for part_TW in parts).cpu()
 
     @property
     def mean_W(self) -> Tensor:
@@ -149,9 +147,8 @@ def moments(
             see = {kind: Moments() for kind in kinds if structure.reader(layer, row, kind) is not None}
             found |= {(number, kind): seen for kind, seen in see.items()}
             stack.enter_context(watching(layer, row, see))  # pyright: ignore[reportArgumentType]
-        base, device = structure.base_model(model), next(model.parameters()).device
         batches = blocks_NT.split(batch_size)
         for number, ids_BT in enumerate(batches):
             tick("calibrating", number, len(batches))
-            base(input_ids=ids_BT.to(device))
+            structure.run_layers(model, ids_BT)
     return found

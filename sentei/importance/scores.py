@@ -209,10 +209,9 @@ def block_influence(
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.get_submodule(middle_path).register_forward_pre_hook(middle).remove)
             stack.callback(layer.register_forward_hook(after).remove)
-        base, device = structure.base_model(model), next(model.parameters()).device
         batches = blocks_NT.split(batch_size)
         for number, ids_BT in enumerate(batches):
             tick("calibrating", number, len(batches))
-            base(input_ids=ids_BT.to(device))
+            structure.run_layers(model, ids_BT)
             count += ids_BT.numel()
     return 1 - sums[units.layer_U, units.index_U] / count

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # The last two are the inner dimensions of heads; `sentei.head_dims` lists and removes them.
 KINDS = ("heads", "channels", "sublayers", "layers", "qk_pairs", "v_dims")
@@ -164,6 +164,12 @@ def base_model(model: nn.Module) -> nn.Module:
 def is_causal(model: nn.Module) -> bool:
     """True for decoders, False for encoders."""
     return family(model).pre_norm
+
+
+def run_layers(model: nn.Module, ids_BT: Tensor) -> None:
+    """A forward for what hooks see of it: without a head, without a cache of keys and values."""
+    no_cache = {"use_cache": False} if is_causal(model) else {}
+    base_model(model)(input_ids=ids_BT.to(next(model.parameters()).device), **no_cache)
 
 
 def part(layer: nn.Module, path: str) -> Any:

@@ -149,6 +149,7 @@ class Drops:
             with search.from_layer(int(allocation.layer_P[group].min()), inputs):
                 losses.append(search.loss(without_U, turn))
             search.run.tick("searching: whole units", number, len(self.groups))
+        del inputs  # of every layer: held no longer than needed
         rise = torch.tensor([loss - losses[0] for loss in losses[1:]], dtype=torch.double)
         rise /= torch.tensor([float(allocation.weight_P[group].sum()) for group in self.groups])
         self.order = search.mean(torch.where(torch.isfinite(rise), rise, math.inf)).argsort(stable=True).tolist()
@@ -237,6 +238,7 @@ class Slopes:
             with search.from_layer(int(allocation.layer_P[pair]), inputs):
                 losses.append(search.loss(less_U, turn))
             search.run.tick("searching: slopes", step * count + pair, self.steps * count)
+        del inputs  # of every layer: held no longer than needed
         self._propose(losses)
         # Judged on text that the slopes have not seen: they fit their own batch far better than any other.
         return losses + [search.loss(allocation.keep(way_P), -1 - turn) for way_P in self.ways]
