@@ -261,21 +261,21 @@ def for_a_task(result: dict[str, Any]) -> str:
 
 def search(result: dict[str, Any]) -> str:
     """What a step of the search costs."""
+    memory = result["memory"]
     title = (
-        f"**What a step of the search costs**, {result['model']}, as a ratio to the dense forward of the same round "
-        f"({result['machine']}); a step is counted per mask. Peak memory of the search is "
-        f"{result['memory']['ratio']:.2f}x that of inference with the same batch."
+        f"**What the search costs**, {result['model']}, as ratios to the dense forward of the same round "
+        f"({result['machine']}). Steps along random directions and sweeps of slopes, the default, are counted per mask "
+        f"that they try. Peak memory of the search is {memory['ratio']:.2f}x that of inference with the same batch "
+        f"({memory['least']:.2f} to {memory['most']:.2f} in {len(memory['peak_mb']['search'])} pairs of processes)."
     )
-    columns = ["tokens", "removed", "masked", "sliced", "whole step (least to most)", "ideal", "whole step / ideal"]
-    lines = []
-    by_way = {(row["tokens"], row["sparsity"], row["way"]): row for row in result["time"]}
-    for tokens, sparsity, way in by_way:
-        if way == "step":
-            masked, sliced, step = (by_way[tokens, sparsity, name] for name in ("masked", "sliced", "step"))
-            whole = f"{step['ratio']:.2f} ({step['least']:.2f} to {step['most']:.2f})"
-            ratios = f"{masked['ratio']:.2f}", f"{sliced['ratio']:.2f}", whole
-            lines.append([f"{tokens}", f"{sparsity:.0%}", *ratios, f"{step['ideal']:.2f}", f"{step['over_ideal']:.2f}"])
-    return shown(title, columns, lines)
+    ways = ("masked", "sliced", "step", "sweep")
+    columns = ["tokens", "removed", "ideal", *(f"{way} (of ideal)" for way in ways)]
+    lines: dict[tuple[int, float], list[str]] = {}
+    for row in result["time"]:
+        line = [f"{row['tokens']}", f"{row['sparsity']:.0%}", f"{row['ideal']:.2f}"]
+        line = lines.setdefault((row["tokens"], row["sparsity"]), line)
+        line.append(f"{row['ratio']:.2f}, {row['least']:.2f} to {row['most']:.2f} ({row['over_ideal']:.2f})")
+    return shown(title, columns, [*lines.values()])
 
 
 def several(result: dict[str, Any]) -> str:
