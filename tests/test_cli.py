@@ -404,3 +404,15 @@ def test_progress_without_a_terminal_is_lines(capsys, monkeypatch):
         for step in range(1, 4):
             progress({"step": step, "of": 3, "message": "searching"})
     assert capsys.readouterr().err.splitlines() == ["loading", "1/3 searching", "2/3 searching", "3/3 searching"]
+
+
+def test_the_time_left_of_a_run_that_goes_on(capsys, monkeypatch):
+    """Ten of a hundred steps took a second each since the start at 80: what came before that says nothing."""
+    clock = iter(range(1000))
+    monkeypatch.setattr("sentei.cli.show.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sentei.cli.show.time.monotonic", lambda: float(next(clock)) / 2)
+    with cli.Progress() as progress:
+        for step in range(80, 91):
+            progress({"step": step, "of": 100, "message": "searching"})
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("90/100 searching, ") and 8 <= int(last.split()[2]) <= 12, last

@@ -407,3 +407,21 @@ def test_batches_keep_order_and_the_rest():
     batches = data.batches(blocks, 2)
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert torch.equal(torch.cat(batches), blocks)
+
+
+def test_a_large_text_is_not_tokenised_to_its_end(monkeypatch):
+    documents, read = [words(*range(40)) for _ in range(500)], []
+    tokenizer = words_tokenizer(eos_token="[EOS]")
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text, **kwargs):
+            read.append(text)
+            return tokenizer(text, **kwargs)
+
+    blocks_NT = data.blocks(documents, Counting(), 10, most=20, seed=0)
+    assert len(blocks_NT) == 20 and len(read) < 100
+    assert len(data.blocks(documents[:2], Counting(), 10, most=20, seed=0)) == 8  # all there are
+    everything = data.blocks(documents[:9], tokenizer, 10, seed=0)
+    assert torch.equal(data.blocks(documents[:9], tokenizer, 10, most=10_000, seed=0), everything)

@@ -403,7 +403,8 @@ def test_preset_and_refusals(words):
         ({"sparsity": 1.2}, r"got 1\.2"),
         ({"budget": "both"}, "global or family"),
         ({"granularity": "sublayers+layers"}, "goes before heads and channels"),
-        ({"granularity": "layers+channels", "shape": "uniform", "steps": 9}, "shape=uniform"),
+        ({"granularity": "sublayers+channels", "shape": "uniform", "steps": 9}, "shape=uniform"),
+        ({"granularity": "layers+channels"}, r"layers\+heads\+channels, or sublayers\+channels"),
         ({"shape": "uniform"}, "leaves no widths to search over: give steps"),
         ({"preset": "other"}, "ours or paper"),
         ({"score_floor": 0.7}, "score_floor is a small probability"),
@@ -462,6 +463,47 @@ def test_a_useless_sublayer_goes_as_a_whole_and_stays_away(words, monkeypatch, s
     assert record["history"][0]["dropped"] == len(gone)
     assert [i for i, size in enumerate(structure.sizes(model)) if not size.intermediate_size] == gone
     assert 0 <= record["removed_of_layers"] - 0.25 < 0.01
+
+
+def test_a_block_that_goes_as_a_whole_leaves_the_list(words, monkeypatch):
+    """Layer 2 is useless: without a compensation nothing of it is left, and the model is one block shorter."""
+    model = tiny_model("qwen3")
+    units = structure.units(model)
+
+    def planted(self, keep_U, step):
+        kept = [float(keep_U[units.layer_U == layer].double().mean()) for layer in range(4)]
+        return sum(a * math.exp(-4 * f) for a, f in zip((4.0, 3.0, 0.01, 4.0), kept, strict=True))
+
+    monkeypatch.setattr(Search, "loss", planted)
+    fields = QUICK | {"slope_sweeps": 0, "coarse_steps": 0, "steps": 0}
+    method = PolicyGradient(
+        sparsity=0.26, granularity="layers+heads+channels", compensate="none", keep_best=False, init="wanda", **fields
+    )
+    told = []
+    record = method.compress(model, words, TEXT, report=told.append)
+    assert record["history"][0]["dropped"] == 1 and len(structure.layers(model)) == 3
+    assert record["kept"]["layers"][2]["channels"]["kept"] == 0 and model.config.num_hidden_layers == 3
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_a_layer_without_which_nothing_is_finite_keeps_its_width(words, monkeypatch):
+    model = tiny_model("qwen3")
+    units = structure.units(model, "channels")
+
+    def planted(self, keep_U, step):
+        kept = [float(keep_U[units.of(layer, "channels")].double().mean()) for layer in range(4)]
+        if kept[2] < 0.55:
+            return math.nan
+        return sum(math.exp(-4 * f) for f in kept)
+
+    monkeypatch.setattr(Search, "loss", planted)
+    method = PolicyGradient(
+        sparsity=0.3, granularity="channels", keep_best=False,
+        **QUICK | {"slope_sweeps": 1, "coarse_steps": 0, "steps": 0},
+    )  # fmt: skip
+    record = method.compress(model, words, TEXT)
+    widths = [size.intermediate_size for size in structure.sizes(model)]
+    assert widths[2] >= max(widths), (widths, record["history"])
 
 
 @pytest.mark.parametrize("granularity", ["layers+heads+channels", "sublayers+heads+channels"])

@@ -296,8 +296,10 @@ def raises_later(model, batch):
 raises_later.error = KeyError("no such answer")
 
 
-def never_a_number(model, batch):
-    return math.nan if len(batch.input_ids) == 2 else 1.0  # the held-out text comes in larger batches
+def finite_for_the_start(model, batch):
+    """A number for the start, on what is held out; for every batch of the search none."""
+    finite_for_the_start.calls += 1
+    return 1.0 if finite_for_the_start.calls == 1 else math.nan
 
 
 def needs_gradients(model, batch):
@@ -332,7 +334,7 @@ def test_a_reward_that_raises_keeps_the_state_and_its_traceback(tmp_path, monkey
 
     raises_later.calls = 0
     monkeypatch.setattr(raises_later, "error", kind("no such answer"))
-    flags = {"reward": f"{__name__}:raises_later", "save_every": 100, "slope_sweeps": 0}
+    flags = {"reward": f"{__name__}:raises_later", "save_every": 100, "slope_sweeps": 0, "eval_samples": 2}
     with pytest.raises(Exception, match="no such answer" if kind is KeyError else "raises_later failed") as caught:
         main(command_line(tmp_path, flags))
     shown = "".join(traceback.format_exception(caught.value))
@@ -341,12 +343,33 @@ def test_a_reward_that_raises_keeps_the_state_and_its_traceback(tmp_path, monkey
     assert "--finish true" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_reward_that_is_never_a_number(tmp_path):
+@pytest.mark.parametrize("steps", [{"slope_sweeps": 3, "coarse_steps": 0}, {"slope_sweeps": 0, "coarse_steps": 30}])
+def test_a_reward_that_is_never_a_number(steps):
+    """The default search is three sweeps: it must not take twenty of them to see that nothing is measured."""
+    finite_for_the_start.calls = 0
+    fields = QUICK | steps | {"steps": 0, "eval_samples": 2}
+    method = PolicyGradient(sparsity=0.3, reward=f"{__name__}:finite_for_the_start", **fields)
+    with pytest.raises(ValueError, match=r"was not finite \d+ times in a row: let it return a number"):
+        method.compress(tiny_model("llama", num_hidden_layers=12), word_tokenizer(), TEXT)
+
+
+def counts_rows(model, batch):
+    counts_rows.seen.append(len(batch.examples))
+    return sum(row["score"] for row in batch.examples) / len(batch.examples)
+
+
+def test_held_out_rows_come_in_batches_too(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"score": i / 40}) + "\n" for i in range(40)))
+    counts_rows.seen = []
     method = PolicyGradient(
-        sparsity=0.3, reward=f"{__name__}:never_a_number", **QUICK | {"slope_sweeps": 0, "coarse_steps": 30}
-    )
-    with pytest.raises(ValueError, match="never_a_number was not finite in 20 steps in a row: let it return a number"):
-        method.compress(tiny_model("llama"), word_tokenizer(), TEXT)
+        sparsity=0.3, reward=f"{__name__}:counts_rows", reward_data=str(file),
+        **QUICK | {"slope_sweeps": 0, "coarse_steps": 1, "steps": 0, "batch_size": 3, "eval_samples": 7},
+    )  # fmt: skip
+    record = method.compress(tiny_model("llama"), word_tokenizer(), TEXT)
+    assert counts_rows.seen[:3] == [3, 3, 1]
+    held = reward.examples(str(file))[1][:7]
+    assert record["start_loss"] == pytest.approx(-sum(row["score"] for row in held) / 7)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +416,7 @@ def test_reward_rows(tmp_path, monkeypatch):
     assert math.isfinite(record["best_loss"])
 
 
-def test_built_in_rewards(tmp_path):
+def test_built_in_rewards(tmp_path, monkeypatch):
     """A probability of right answers, an accuracy and an exact match that hand counts confirm."""
     from sentei.data import prompts
     from sentei.evaluate import domain, rewards
@@ -412,6 +435,16 @@ def test_built_in_rewards(tmp_path):
     )  # fmt: skip
     answers = [{"prompt": "go", "response": said}, {"prompt": "go", "response": "~never~"}]
     assert rewards.exact_match(model, reward.Batch(tokenizer, torch.device("cpu"), examples=answers)) == 0.5
+    told = domain.rouge(
+        model, [prompts.make_row(row, "here") for row in answers], prompts.Template(tokenizer),
+        seq_len=rewards.SEQ_LEN, new_tokens=rewards.NEW_TOKENS,
+    )  # fmt: skip
+    assert rewards.rouge_l(model, reward.Batch(tokenizer, torch.device("cpu"), examples=answers)) == told["rougeL"]
+    with monkeypatch.context() as patched:
+        for said, hit in (("4", 1), ("The 4.\nFor two and two are four", 1), ("42", 0), ("not 4", 0)):
+            patched.setattr(domain, "generate", lambda *args, said=said, **kwargs: said)
+            examples = [{"prompt": "2 + 2", "response": "4"}]
+            assert rewards.exact_match(model, reward.Batch(tokenizer, torch.device("cpu"), examples=examples)) == hit
     with pytest.raises(ValueError, match="rows of kind choices"):
         rewards.choice_accuracy(model, reward.Batch(tokenizer, torch.device("cpu"), examples=answers))
     file = tmp_path / "rows.jsonl"
@@ -444,6 +477,11 @@ def test_a_classifier_is_pruned_for_its_labels(tmp_path, monkeypatch, capsys):
         numbered = [row | {"label": i % 2} for i, row in enumerate(rows)]
         by_number = reward.Batch(tokenizer, torch.device("cpu"), examples=numbered)
         assert rewards.label_accuracy(model, by_number) == rewards.label_accuracy(model, batch)
+        model.config.label2id = {"1": 0, "2": 1}  # stars: names that are numbers are names all the same
+        stars = [row | {"label": i % 2 + 1} for i, row in enumerate(rows)]
+        by_star = reward.Batch(tokenizer, torch.device("cpu"), examples=stars)
+        assert rewards.label_accuracy(model, by_star) == sum(p > 0.5 for p in right) / 40
+        model.config.label2id = {"no": 0, "yes": 1}
         for wrong, message in (
             ([{"text": "x"}], "rows of text, label and, for pairs, text_pair"),
             ([{"text": "x", "label": "maybe"}], "label 'maybe' is not one of the model's: no, yes"),

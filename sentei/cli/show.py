@@ -89,7 +89,7 @@ class Progress:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self.bar: RichProgress | None = None
-        self.of = self.step = 0
+        self.of = self.step = self.first = 0
         self.started = self.printed = 0.0
 
     def __enter__(self) -> Progress:
@@ -107,14 +107,15 @@ class Progress:
         step, of = event["step"], event["of"]
         if of != self.of or step < self.step:
             self._close()
-            self.started, self.of = time.monotonic(), of
+            self.started, self.of, self.first = time.monotonic(), of, step
         self.step = step
         if self.console.is_terminal:
             self._draw(step, of, message)
         elif time.monotonic() - self.printed >= SECONDS_BETWEEN_LINES:
             self.printed = time.monotonic()
             spent = self.printed - self.started
-            left = f", {spent / step * (of - step):.0f} s left" if step and spent > 1 else ""
+            done = step - self.first  # a run that goes on does not begin at 0
+            left = f", {spent / done * (of - step):.0f} s left" if done and spent > 1 else ""
             self.console.print(f"{step}/{of} {message}{left}", markup=False, soft_wrap=True)
 
     def _draw(self, step: int, of: int, message: str) -> None:
@@ -128,7 +129,7 @@ class Progress:
             )
             self.bar = RichProgress(*columns, TextColumn("{task.description}", markup=False), console=self.console)
             self.bar.start()
-            self.bar.add_task(message, total=of)
+            self.bar.add_task(message, total=of, completed=step)
         self.bar.update(self.bar.task_ids[0], completed=step, description=message)
 
     def _close(self) -> None:

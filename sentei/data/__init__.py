@@ -114,7 +114,13 @@ def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def blocks(
-    documents: list[str], tokenizer: Any, seq_len: int, *, num: int | None = None, seed: int | None = None
+    documents: list[str],
+    tokenizer: Any,
+    seq_len: int,
+    *,
+    num: int | None = None,
+    most: int | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     """Documents packed to blocks without padding, LongTensor[N, T = seq_len].
 
@@ -123,6 +129,7 @@ def blocks(
 
     Args:
         num: the number of blocks; all there are if not given.
+        most: without num, how many are enough: a large text is not tokenised to its end.
         seed: None takes the blocks in order, else they are drawn at random, the same for the same seed.
 
     Raises:
@@ -140,7 +147,8 @@ def blocks(
     if seed is not None:
         generator.manual_seed(seed)
         order = torch.randperm(len(documents), generator=generator).tolist()
-    wanted = None if num is None else num * (1 if seed is None else POOL)
+    enough = most if num is None else num
+    wanted = None if enough is None else enough * (1 if seed is None else POOL)
 
     rows: list[list[int]] = []
     rest: list[int] = []
@@ -161,7 +169,7 @@ def blocks(
     block_NT = torch.tensor(rows, dtype=torch.long)
     if seed is not None:
         block_NT = block_NT[torch.randperm(len(rows), generator=generator)]
-    return block_NT if num is None else block_NT[:num]
+    return block_NT[:enough]
 
 
 def batches(blocks: Tensor, batch_size: int) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sentei import structure
 from sentei.data import prompts
 from sentei.data.prompts import Row, Template
-from sentei.evaluate import domain
+from sentei.evaluate import domain, squad
 
 SEQ_LEN, NEW_TOKENS = 512, 32
 
@@ -43,13 +43,23 @@ def label_probability(model: Any, batch: Any) -> float:
 
 
 def exact_match(model: Any, batch: Any) -> float:
-    """Share of prompts whose greedy answer begins with the response, spaces and case aside."""
+    """Share of prompts whose greedy answer is the response, by the definition of `squad`.
+
+    Of an answer to a response of one line only the first line counts: models talk on.
+    """
     rows, template = _rows(batch, "response"), Template(batch.tokenizer)
-    hits = 0
+    hits = 0.0
     for row in rows:
         said = domain.generate(model, template, row, seq_len=SEQ_LEN, new_tokens=NEW_TOKENS)
-        hits += " ".join(said.casefold().split()).startswith(" ".join(row["response"].casefold().split()))
+        hits += squad.exact(said if "\n" in row["response"] else said.partition("\n")[0], row["response"])
     return hits / len(rows)
+
+
+def rouge_l(model: Any, batch: Any) -> float:
+    """Mean ROUGE-L of greedy answers against the responses (or summaries)."""
+    rows = _rows(batch, "response", "summary")
+    found = domain.rouge(model, rows, Template(batch.tokenizer), seq_len=SEQ_LEN, new_tokens=NEW_TOKENS)
+    return float(found["rougeL"])
 
 
 def _choices(model: Any, batch: Any) -> dict[str, Any]:
@@ -62,7 +72,7 @@ def _labels(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     if not rows or any(not {"text", "label"} <= row.keys() for row in rows):
         raise ValueError("this reward scores rows of text, label and, for pairs, text_pair; give reward_data")
     names = {str(name): number for name, number in model.config.label2id.items()}
-    names |= {str(number): number for number in names.values()}
+    names = {str(number): number for number in names.values()} | names  # a name may be a number, and wins
     if unknown := sorted({str(row["label"]) for row in rows} - set(names)):
         raise ValueError(f"label {unknown[0]!r} is not one of the model's: {', '.join(model.config.label2id)}")
     pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
@@ -76,8 +86,9 @@ def _labels(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return logits_BL.float().softmax(1).cpu(), torch.tensor([names[str(row["label"])] for row in rows])
 
 
-def _rows(batch: Any, kind: str) -> list[Row]:
+def _rows(batch: Any, *kinds: str) -> list[Row]:
     rows = [prompts.make_row(row, f"row {number} of reward_data") for number, row in enumerate(batch.examples)]
-    if not rows or any(row["kind"] != kind for row in rows):
-        raise ValueError(f"this reward scores rows of kind {kind}: {', '.join(prompts.FIELDS[kind])}; give reward_data")
+    if not rows or any(row["kind"] not in kinds for row in rows):
+        known = " or ".join(f"{kind}: {', '.join(prompts.FIELDS[kind])}" for kind in kinds)
+        raise ValueError(f"this reward scores rows of kind {known}; give reward_data")
     return rows

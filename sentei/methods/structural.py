@@ -51,18 +51,18 @@ class Run:
         """Mean activations of the dense model on the calibration text: for a search and for the cut after it."""
         return importance.mean_fill(self.moments)
 
-    def blocks(self, num: int | None, seq_len: int, part: str = "train") -> Tensor:
+    def blocks(self, num: int | None, seq_len: int, part: str = "train", most: int | None = None) -> Tensor:
         documents = getattr(self.text, part)
-        return data.blocks(documents, self.tokenizer, seq_len, num=num, seed=self.method.seed)
+        return data.blocks(documents, self.tokenizer, seq_len, num=num, most=most, seed=self.method.seed)
 
     def loss(self, model: nn.Module, ids_BT: Tensor, seed: int = 0) -> Tensor:
         """Mean next-token cross-entropy; for encoders that of 15 % masked tokens, chosen by the seed."""
-        ids_BT = ids_BT.to(next(model.parameters()).device)
         if structure.is_causal(model):
             batch = causal_batch(ids_BT)
-        else:
-            batch = masked_batch(ids_BT, self.tokenizer, seed=mix(self.method.seed, seed))
-        return Distillation()(model, batch)["loss"]
+        else:  # drawn on the CPU: the same tokens whatever the device
+            batch = masked_batch(ids_BT.cpu(), self.tokenizer, seed=mix(self.method.seed, seed))
+        device = next(model.parameters()).device
+        return Distillation()(model, {name: x.to(device) for name, x in batch.items()})["loss"]
 
     @torch.no_grad()
     def mean_loss(self, blocks_NT: Tensor, batch_size: int = 8) -> float:
@@ -246,12 +246,18 @@ class Structural:
         account = structure.kept(units, keep_U)
         structure.remove(model, units, keep_U, bias)
         after = structure.layer_parameters(model), structure.total_parameters(model)
+        removed = 1 - after[0] / before[0]
+        if run.report is not None and abs(removed - self.sparsity) > 0.005:
+            run.report(
+                {"message": f"{removed:.1%} of the layers' parameters went, {self.sparsity:.1%} were asked for: "
+                            f"{self.granularity} of this model come in no finer steps"}
+            )  # fmt: skip
         ended = time.monotonic()
         return {
             "kept": account,
             "asked_sparsity": self.sparsity,
             "compensate": compensation,
-            "removed_of_layers": 1 - after[0] / before[0],
+            "removed_of_layers": removed,
             "removed_of_model": 1 - after[1] / before[1],
             "removed_parameters": before[1] - after[1],
             "search_seconds": found - run.began,

@@ -14,7 +14,7 @@ def remove(model: nn.Module, units: Units, keep_U: Tensor, bias: dict[tuple[int,
     """Cut the dropped units out of the model, in place, one linear at a time.
 
     A pre-norm sub-layer left without any unit and without a bias is replaced by a module that does nothing. A dropped
-    block leaves the list of layers; those after it are renumbered.
+    block leaves the list of layers, as one does whose sub-layers have both gone; those after it are renumbered.
 
     Args:
         keep_U: [U] bool, True keeps.
@@ -42,8 +42,9 @@ def remove(model: nn.Module, units: Units, keep_U: Tensor, bias: dict[tuple[int,
                 linear = reader(layer, row, kind)
                 if row.pre_norm and linear is not None and not linear.in_features:
                     _retire(layer, row, kind, linear)
-    if dropped_layers:
-        _remove_layers(model, row, set(dropped_layers))
+    empty = {number for number, layer in enumerate(blocks) if sizes_of(layer, row).skip == SUBLAYERS}
+    if gone_as_wholes := set(dropped_layers) | empty:
+        _remove_layers(model, row, gone_as_wholes)
 
 
 def _retire(layer: nn.Module, row: Family, kind: str, linear: nn.Linear) -> None:

@@ -78,8 +78,8 @@ class PolicyGradient(Structural):
     preset: str = option("ours", "ours, or paper: the authors' settings (any field that is given still wins)")
     granularity: str = option(
         "heads+channels",
-        "heads+channels, heads, channels, sublayers or layers; with sublayers+ or layers+ before one of the first "
-        "three, whole ones may go as well, inside the same budget",
+        "heads+channels, heads, channels, sublayers or layers; with sublayers+ before one of the first three, or "
+        "layers+ before heads+channels, whole ones may go as well, inside the same budget",
     )
     compensate: str = option(
         "auto",
@@ -165,6 +165,11 @@ class PolicyGradient(Structural):
             raise ValueError(
                 f"granularity={self.granularity}: {self.whole_units}+ goes before heads and channels, and "
                 f"layers then differ in width; got shape={self.shape}"
+            )
+        if self.whole_units == "layers" and self.resolved_granularity != "heads+channels":
+            raise ValueError(
+                f"granularity={self.granularity}: a whole block is its heads and its channels; use "
+                f"layers+heads+channels, or sublayers+{self.resolved_granularity}"
             )
         if not 0 <= self.score_floor < 0.5:
             raise ValueError(f"score_floor is a small probability, from 0 to below 0.5; got {self.score_floor}")

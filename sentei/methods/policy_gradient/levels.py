@@ -34,6 +34,7 @@ class Level(Protocol):
     """
 
     steps: int
+    parts: int  # of a step, that a progress bar counts
     forwards: float  # of the whole model, that a step costs
     evaluate_always: bool
 
@@ -131,6 +132,7 @@ class Drops:
         self.steps = int(search.method.whole_units is not None)
         number_P = allocation.layer_P if search.method.whole_units == "layers" else torch.arange(len(allocation.pairs))
         self.groups = [number_P == number for number in number_P.unique()]
+        self.parts = len(self.groups)
         counts = {0, *(2**i for i in range(16)), *(3 * 2**i for i in range(16))}
         self.counts = sorted(count for count in counts if count < len(self.groups))
         self.sweep = 1 + sum(search.cost_from(int(allocation.layer_P[group].min())) for group in self.groups)
@@ -148,7 +150,7 @@ class Drops:
                 without_U[allocation.pairs[pair]] = False
             with search.from_layer(int(allocation.layer_P[group].min()), inputs):
                 losses.append(search.loss(without_U, turn))
-            search.run.tick("searching: whole units", number, len(self.groups))
+            search.tick("searching: whole units", number)
         del inputs  # of every layer: held no longer than needed
         rise = torch.tensor([loss - losses[0] for loss in losses[1:]], dtype=torch.double)
         rise /= torch.tensor([float(allocation.weight_P[group].sum()) for group in self.groups])
@@ -213,7 +215,7 @@ class Slopes:
 
     def __init__(self, search: Search, allocation: Allocation):
         self.search, self.method, self.allocation = search, search.method, allocation
-        self.steps = self.method.slope_sweeps
+        self.steps, self.parts = self.method.slope_sweeps, len(allocation.pairs)
         self.sum_P = torch.zeros(len(allocation.pairs), dtype=torch.double)
         self.count = torch.zeros(1, dtype=torch.double)
         sizes_P = torch.tensor([len(of) for of in allocation.pairs], dtype=torch.double)
@@ -229,7 +231,6 @@ class Slopes:
         keep_U = self.hard()
         losses: list[float] = []
         inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(keep_U, turn)))
-        count = len(allocation.pairs)
         for pair, of in enumerate(allocation.pairs):
             less_U = keep_U.clone()
             kept = of[keep_U[of]]
@@ -237,7 +238,7 @@ class Slopes:
             less_U[worst_first[: round(float(self.delta_P[pair]) * len(of))]] = False
             with search.from_layer(int(allocation.layer_P[pair]), inputs):
                 losses.append(search.loss(less_U, turn))
-            search.run.tick("searching: slopes", step * count + pair, self.steps * count)
+            search.tick("searching: slopes", step * self.parts + pair)
         del inputs  # of every layer: held no longer than needed
         self._propose(losses)
         # Judged on text that the slopes have not seen: they fit their own batch far better than any other.
@@ -249,7 +250,8 @@ class Slopes:
         kept_P = self._kept_fraction()
         taken_P = torch.minimum(self.delta_P, kept_P)  # a pair with nothing left has no slope: it counts as flat
         slope_P = torch.where(taken_P > 0, (losses_P - losses[0]) / taken_P.clamp_min(1e-9), 0.0)
-        slope_P = torch.where(torch.isfinite(slope_P), slope_P, 0.0)
+        finite_P = torch.isfinite(slope_P)  # a model that breaks when a layer gives way needs that layer most
+        slope_P = torch.where(finite_P, slope_P, slope_P[finite_P].max() if finite_P.any() else 0.0)
         self.sample_P = self.search.mean(slope_P / allocation.weight_P * torch.exp(rate * (kept_P - taken_P / 2)))
         mean_P = (self.sum_P + self.sample_P) / (self.count + 1)
         # A slope may come out near zero or negative by chance: no layer is taken for worth less than this.
@@ -289,6 +291,7 @@ class Widths:
     """
 
     evaluate_always = False
+    parts = 1
 
     def __init__(self, search: Search, allocation: Allocation):
         self.search, self.method, self.allocation = search, search.method, allocation
@@ -333,6 +336,7 @@ class Bits:
     """Fine level, the paper's: a keep-probability per unit, or per run of `channel_group` like channels."""
 
     evaluate_always = False
+    parts = 1
 
     def __init__(self, search: Search, allocation: Allocation | None):
         self.search, self.method, units = search, search.method, search.units

@@ -27,6 +27,7 @@ BUILT_IN = {
     "label_accuracy": "sentei.evaluate.rewards:label_accuracy",
     "label_probability": "sentei.evaluate.rewards:label_probability",
     "exact_match": "sentei.evaluate.rewards:exact_match",
+    "rouge_l": "sentei.evaluate.rewards:rouge_l",
 }
 
 

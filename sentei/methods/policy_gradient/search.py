@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from sentei.methods.policy_gradient import PolicyGradient
 
 STATE = "search.safetensors"
-PATIENCE = 20  # steps in a row without a finite loss, until the search gives up
+PATIENCE = 20  # losses in a row that are not finite, until the search gives up
+ENOUGH = 4096  # blocks: of a larger text no more are read than the steps need
 
 
 class Search:
@@ -56,6 +57,7 @@ class Search:
             self.fill = {key: self._shared(fill_W) for key, fill_W in run.fill.items()}
         self.history: list[dict[str, Any]] = []
         self.log = StepLog(None if self.rank else method.log)
+        self.ticked, self.ticks = 0, 1  # what a progress bar has behind it when a level begins, and all there is
         self.numbers: dict[str, Any] = {
             "level": 0, "step": 0, "forwards": 0, "skipped": 0, "ties": 0, "evaluations": 0, "held_forwards": 0,
         }  # fmt: skip
@@ -94,9 +96,12 @@ class Search:
             self.batches: tuple[Tensor, ...] = ()
             return
         run.blocks(max(2, self.ranks) * method.batch_size, method.seq_len)  # refuses too little text
-        blocks_NT = run.blocks(None, method.seq_len)
+        steps = 1 + method.slope_sweeps + method.coarse_steps + method.steps
+        enough = max(ENOUGH, 2 * steps * self.ranks * method.batch_size)
+        blocks_NT = run.blocks(None, method.seq_len, most=enough)
         self.batches = blocks_NT[: len(blocks_NT) // method.batch_size * method.batch_size].split(method.batch_size)
-        self.held = run.blocks(None, method.seq_len, "validation")[: method.eval_samples]
+        enough = max(ENOUGH, method.eval_samples)
+        self.held = run.blocks(None, method.seq_len, "validation", most=enough)[: method.eval_samples]
         if len(self.held) < self.ranks:
             raise ValueError(f"the validation text holds too few blocks of {method.seq_len} tokens; give more text")
 
@@ -134,10 +139,14 @@ class Search:
                 self._say_what_is_absorbed(bits)
             self._climb(level, levels, sum(before.steps for before in levels[:number]))
             self.numbers |= {"level": number + 1, "step": 0}
+        if not self.numbers["best_step"]:
+            self._tell("no mask was better than the start on what is held out: the search gained nothing")
         return self.best["keep"] if method.keep_best or method.finish else levels[-1].hard()
 
     def _climb(self, level: Level, levels: list[Level], offset: int) -> None:
         total, broken = sum(each.steps for each in levels), 0
+        self.ticks = sum(each.steps * each.parts for each in levels)
+        self.ticked = sum(each.steps * each.parts for each in levels[: levels.index(level)])
         for step in range(self.numbers["step"], level.steps):
             before = self._state(levels)
             try:
@@ -151,10 +160,10 @@ class Search:
                     )
                 raise
             anywhere = float(self.mean(torch.tensor([finite], dtype=torch.double)))
-            broken = 0 if anywhere else broken + 1
-            if broken == PATIENCE:
+            broken = 0 if anywhere else broken + len(self.history[-1]["losses"])
+            if broken >= PATIENCE:
                 self._save(levels)
-                raise ValueError(f"{self._not_finite()} in {PATIENCE} steps in a row: {self._advice()}")
+                raise ValueError(f"{self._not_finite()} {broken} times in a row: {self._advice()}")
             if step + 1 == level.steps or (step + 1) % self.method.save_every == 0:
                 self._save(levels)
 
@@ -181,7 +190,7 @@ class Search:
                 f"in {numbers['ties']} of {turn + 1} steps all masks had the same reward, which tells nothing: enlarge "
                 f"batch_size (now {self.method.batch_size}), or reward something finer"
             )
-        self.run.tick(f"searching: {self._in_words(record)}", turn + 1, total)
+        self.tick(f"searching: {self._in_words(record)}", (step + 1) * level.parts)
         return len(finite)
 
     def _in_words(self, record: dict[str, Any]) -> str:
@@ -196,6 +205,10 @@ class Search:
         if numbers["skipped"]:
             words.append(f"{numbers['skipped']} losses skipped")
         return ", ".join(words)
+
+    def tick(self, what: str, part: int) -> None:
+        """Of the level under way so many parts are done."""
+        self.run.tick(what, self.ticked + part, self.ticks)
 
     def _tell(self, what: str) -> None:
         if self.run.report is not None and not self.rank:
@@ -281,12 +294,14 @@ class Search:
         """Of the held-out text or rows: the mean over processes, each of which takes its share."""
         held = self.held_rows if self.method.reward_data is not None else self.held
         self.numbers["held_forwards"] += math.ceil(len(held) / self.method.batch_size)
+        mine = held[self.rank :: self.ranks]
         if self.reward is not None:
-            rows = self.held_rows or self.held
-            loss = self._reward_loss(keep_U, rows[self.rank :: self.ranks] if self.held_rows else rows)
+            size = self.method.batch_size
+            batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+            loss = sum(self._reward_loss(keep_U, batch) * len(batch) for batch in batches) / len(mine)
         else:
             with masks.sliced(self.run.model, self.units, keep_U, self.fill):
-                loss = self.run.mean_loss(self.held[self.rank :: self.ranks])
+                loss = self.run.mean_loss(mine)
         return self.mean(torch.tensor([loss], dtype=torch.double)).item()
 
     def _initial_metric(self, init: str) -> Tensor:
