@@ -174,12 +174,12 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["sparsity"], row["way"]), []).append(row)
+        groups.setdefault((row["sparsity"], row["way"], row.get("asked_forwards", 0)), []).append(row)
 
     def cell(group: list[dict[str, Any]], key: str) -> str:
         return spread([row["perplexity"][key] for row in group if key in row["perplexity"]], count=False)
 
-    for (sparsity, way), group in sorted(groups.items()):
+    for (sparsity, way, _), group in sorted(groups.items()):
         forwards, held = (statistics.mean(row.get(key) or 0 for row in group) for key in ("forwards", "held_forwards"))
         seconds = statistics.mean(row["seconds"] for row in group)
         lines.append(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import math
 import os
 import statistics
@@ -27,10 +28,12 @@ import torch
 from tables import add, flags, made_on, name_of, peak, printed, reset_peak, resumed, spread, write
 
 from sentei import checkpoint, data, evaluate, structure
+from sentei.methods import settings
 from sentei.methods.heal import Heal
 from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
+from sentei.train import weights_digest
 
 TASKS = ("local_piqa", "local_arc_easy", "local_hellaswag", "local_winogrande")
 ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {  # method, compensations tried, seeds
@@ -156,6 +159,8 @@ def prune(
     method: Any, compensations: tuple[str, ...], model: Any, tokenizer: Any, text: Any, kept: Path | None
 ) -> tuple[Any, dict[str, Any]]:
     """The pruned copy with the compensation that is best on held-out calibration text, and its figures."""
+    if kept is not None:
+        kept = kept.with_stem(f"{kept.stem}-{searched_by(method, model, text)}")
     if kept is not None and kept.exists():
         keep_U, account = torch.load(kept, weights_only=True), {}
     else:
@@ -184,6 +189,13 @@ def prune(
         "forwards": account.get("forwards"),
         "layers": [[size.num_kv_heads, size.intermediate_size] for size in structure.sizes(best)],
     }
+
+
+def searched_by(method: Any, model: Any, text: Any) -> str:
+    """Eight digits of what a kept mask depends on; rows that differ in the cut alone share one."""
+    of_the_cut = ("compensate", "correction", "ridge", "calibration_samples")
+    fields = {name: value for name, value in settings(method).items() if name not in of_the_cut}
+    return hashlib.sha256(repr((fields, weights_digest(model), text.sha256)).encode()).hexdigest()[:8]
 
 
 def quality(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
