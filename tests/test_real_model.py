@@ -43,6 +43,23 @@ def test_prune_save_reload_generate(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_search_finds_better_widths_than_equal_ones():
+    """At 30 % of the layers, means filled in, on articles that neither calibration nor search has seen."""
+    from sentei.methods.one_shot import OneShot
+    from sentei.methods.policy_gradient import PolicyGradient
+
+    text, found = data.load(None), {}
+    fields = {"sparsity": 0.3, "granularity": "channels", "compensate": "mean", "calibration_samples": 32}
+    for method in (OneShot(criterion="flap", scope="layer", **fields), PolicyGradient(slope_sweeps=1, **fields)):
+        model, tokenizer = checkpoint.load(checkpoint.example_model())
+        record = method.compress(model, tokenizer, text)
+        held = data.blocks(text.test, tokenizer, 128, seed=0)[:16]
+        found[type(method).__name__] = evaluate.perplexity(model, held, progress=False)["perplexity"]
+        assert 0.3 <= record["removed_of_layers"] < 0.301
+    assert found["PolicyGradient"] < 0.95 * found["OneShot"], found
+
+
+@pytest.mark.slow
 def test_dense_perplexity_is_the_reference():
     """Eight windows of WikiText-2 raw test at 1024 tokens: 29.196 by an independent loop over the model's logits."""
     from pathlib import Path
