@@ -6,8 +6,9 @@
 All configurations see the same rows in the same order for the same number of steps. All searches remove as many units
 per round after as many steps, so that they differ in who judges alone; only "as planned" follows the method's own plan,
 which keeps to max_search_ratio and may drop the warm-up. Units are the paper's, a layer's LoRA of one rank; those of
-the method's default are in "ladder of ranks". The budget ("at B") is half of the smaller of LoRA everywhere
-and adapters everywhere, in parameters; heads are counted apart. Scores are on test rows, which nothing was chosen on;
+the method's default, a ladder of ranks in each layer, are in the rows with "ranks". The budget ("at B") is a share,
+half without --budget-share, of the smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted
+apart. Scores are on test rows, which nothing was chosen on;
 with --grid each configuration's learning rate is chosen on validation rows with the first seed, without it --lr is that
 of all rows of a run; each row says its own. Rows are appended as they are made; a second run makes the missing ones.
 """
@@ -64,6 +65,7 @@ TASKS: dict[str, tuple[Any, str, str | None, str, str]] = {
     "pubmedqa": (f"{SHARED}/pubmedqa/pqa_labeled.jsonl.gz", "question", "long_answer", "final_decision", "accuracy"),
 }  # fmt: skip
 DEFAULT_TASKS = ("cola", "sst2", "mrpc", "stsb", "subj", "boolq", "pubmedqa")
+HALF = PrunePEFT.budget  # of the smaller kind: --budget-share
 FULL, LORA, ADAPTERS = "full fine-tuning", "LoRA everywhere", "adapters everywhere"
 REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
 
@@ -77,6 +79,8 @@ def main() -> None:
     out = Path(args.out)
     names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "precision")  # each row has its rate
     settings = {name: getattr(args, name) for name in names} | {"model": args.name or Path(args.model).name}
+    if args.budget_share != HALF:  # files without it are of half
+        settings["budget_share"] = args.budget_share
     table = resumed(out, {"settings": settings}, rows=[], lr={}) | made_on()
     made = {(row["task"], row["configuration"], row["seed"]) for row in table["rows"]}
     for seed in range(args.seeds):
@@ -87,7 +91,7 @@ def main() -> None:
             base = PrunePEFT(
                 epochs=args.epochs, batch_size=args.batch_size, seq_len=args.seq_len, metric=TASKS[name][4], seed=seed,
                 pair_field=TASKS[name][2], label_field=TASKS[name][3], limit=args.rows, precision=args.precision,
-                save_every=1_000_000,
+                save_every=1_000_000, budget=args.budget_share,
             )  # fmt: skip
             rows = read(name, args)
             model, tokenizer = checkpoint.load(find_model(args.model), **base.head(rows))
@@ -177,7 +181,8 @@ def searched(planned: bool = False, **fields: Any) -> Callable[..., Made]:
     """The method itself, at the budget; `planned` leaves the rounds to it."""
 
     def search(method: PrunePEFT, model: Any, tokenizer: Any, rows: Any) -> Made:
-        same = {} if planned else same_rounds(method, model)
+        ranks = replace(method, lora_r=fields.get("lora_r", method.lora_r))
+        same = {} if planned else same_rounds(ranks, model)
         method = replace(method, budget=budget(method, model), **same, **fields)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan's notes are in the row
@@ -206,8 +211,9 @@ def supernet(method: PrunePEFT, model: Any) -> list[Unit]:
 
 
 def budget(method: PrunePEFT, model: Any) -> int:
+    """B; until then `method.budget` is the share."""
     space = supernet(method, model)
-    return min(sum(u.parameters for u in space if u.is_lora == lora) for lora in (True, False)) // 2
+    return int(method.budget * min(sum(u.parameters for u in space if u.is_lora == lora) for lora in (True, False)))
 
 
 def of_kind(lora: bool) -> Callable[[PrunePEFT, Any], list[Unit]]:
@@ -250,6 +256,10 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     "prune_peft at B, as planned": searched(planned=True),
     "ladder of ranks at B, as planned": searched(planned=True, lora_r=None),
     "random removal of ranks at B": searched(planned=True, lora_r=None, assignment="random"),
+    **{f"{criterion} alone, ranks at B": searched(lora_r=None, assignment=criterion) for criterion in CRITERIA},
+    "equal, ranks at B": searched(lora_r=None, assignment="equal"),
+    "paper's table, ranks at B": searched(lora_r=None, assignment="paper"),
+    "warm-up, ranks at B": searched(lora_r=None, assignment="warmup"),
     "prune_peft, LoRA only at B": searched(kinds=("lora",)),
     "prune_peft, adapters only at B": searched(kinds=("adapter",)),
 }
@@ -261,9 +271,10 @@ def markdown(table: dict[str, Any]) -> str:
     value = {(row["configuration"], row["task"], row["seed"]): 100 * row["value"] for row in table["rows"]}
     metric = {row["task"]: row["metric"] for row in table["rows"]}
     s = table["settings"]
+    share = f"; B is {s['budget_share']:g} of the smaller kind" if "budget_share" in s else ""
     scores = [
         f"{s['model']}, {table['machine']}; {s['rows']} training rows, {s['epochs']:g} epochs, batch "
-        f"{s['batch_size']}, up to {s['test_rows']} test rows. Mean ± s.d. over seeds.",
+        f"{s['batch_size']}, up to {s['test_rows']} test rows{share}. Mean ± s.d. over seeds.",
         "",
         f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean |",
         "|" + "---|" * (len(names) + 3),
@@ -347,9 +358,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full-lr", type=float, default=1e-4)
     parser.add_argument("--grid", type=float, nargs="+", help="rates to choose from for PEFT; a tenth of them for full")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument(
+        "--budget-share", type=float, default=HALF, help="B, of the smaller of LoRA and adapters everywhere"
+    )
     parsed = parser.parse_args()
     if not parsed.markdown and not parsed.model:
         parser.error("--model is needed")
+    if not 0 < parsed.budget_share <= 1:
+        parser.error("--budget-share is above 0 and at most 1")
     return parsed
 
 

@@ -337,6 +337,7 @@ assert difference <= 1e-6, difference
     assert config["rank_pattern"] == {} and config["task_type"] == "SEQ_CLS"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A plain LoRA" in card and "pad_token_id" not in card and "trust_remote_code" not in card
+    assert "num_labels=2, dtype=torch.float32)" in card and "of the base in float32." in card and "gguf" not in card
 
 
 def test_a_base_that_stock_classes_need_help_with(words, tmp_path, monkeypatch):
@@ -352,7 +353,10 @@ def test_a_base_that_stock_classes_need_help_with(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved_over("base", tmp_path / "out", ("lora",))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "num_labels=2, trust_remote_code=True)" in card and "base.config.pad_token_id = tokenizer.pad" in card
+    assert (
+        "num_labels=2, dtype=torch.float32, trust_remote_code=True)" in card
+        and "base.config.pad_token_id = tokenizer.pad" in card
+    )
     monkeypatch.chdir("/")
     checkpoint.load(tmp_path / "out", dtype="float32")
 

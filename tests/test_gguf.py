@@ -4,14 +4,16 @@ import importlib.util
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from conftest import tiny_model
 from gguf import GGUFReader, GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from sentei import checkpoint, folding, structure
+from sentei import adapters, checkpoint, folding, structure
 from sentei.checkpoint import splitting
 from sentei.cli import main
 from sentei.export import gguf
@@ -342,3 +344,34 @@ def test_the_real_model_narrowed_runs_in_llama_cpp(tmp_path):
     checkpoint.save(model, tokenizer, tmp_path / "small", parent=str(checkpoint.example_model()), record=record)
     found = gguf.write(tmp_path / "small", tmp_path / "small.gguf", outtype="f32")
     assert found["architecture"] == "deci" and found["difference"] < 1e-3
+
+
+def test_an_adapter_of_a_gguf_base_says_how_stock_peft_loads_it(bytes_, tmp_path):
+    """transformers refuses a .gguf file's path alone; the lines of the card are run as they stand."""
+    toy("llama", attention_bias=False, mlp_bias=False).save_pretrained(tmp_path / "model")
+    bytes_.save_pretrained(tmp_path / "model")
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf", outtype="f32")
+    head = {"task": "SequenceClassification", "labels": ["no", "yes"]}
+    model, tokenizer = checkpoint.load(tmp_path / "model.gguf", dtype="float32", **head)
+    units = adapters.units(model, kinds=("lora",), rank=4, width=8)
+    what = {"units": [vars(unit) for unit in units], "alpha_per_rank": 2.0, "dropout": 0.1, "head": head}
+    what["fingerprint"] = adapters.fingerprint(model)
+    adapters.inject(model, units, alpha_per_rank=2.0)
+    with torch.no_grad():
+        for parameter in adapters.parameters(model, units):
+            parameter.normal_(0, 0.1)
+    out = tmp_path / "out"
+    record = {"record": {"adapter": what}}
+    checkpoint.adapters.save(
+        model, tokenizer, out, parent=tmp_path / "model.gguf", record=record, pages={"README.md": "more\n"}
+    )
+    card = (out / "README.md").read_text()
+    assert f'sentei.checkpoint.unpack("{tmp_path}/model.gguf", "FOLDER")' in card
+    assert 'gguf_file="model.gguf", num_labels=2, dtype=torch.float32)' in card
+    code = card.partition("```python\n")[2].partition("```")[0].replace('"out"', repr(str(out)))
+    names = {"torch": torch, "transformers": transformers, "peft": peft}
+    exec(code, names)
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        found, expected = names["model"].eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

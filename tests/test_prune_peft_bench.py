@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model
 
 from sentei import checkpoint
-from sentei.methods.prune_peft import PrunePEFT
+from sentei.methods.prune_peft import CRITERIA, PrunePEFT
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +47,8 @@ def test_a_file_of_other_settings_is_refused(table, tmp_path, monkeypatch):
     names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "precision")
     monkeypatch.setattr(sys, "argv", ["prune_peft.py", "--model", "toy", "--out", str(out)])
     settings = {name: getattr(table.arguments(), name) for name in names} | {"model": "toy"}
-    for name, other in (("model", "another"), ("epochs", 0.5), ("grid", [0.5]), ("precision", "bf16")):
+    others = (("model", "another"), ("epochs", 0.5), ("grid", [0.5]), ("precision", "bf16"), ("budget_share", 0.1))
+    for name, other in others:
         out.write_text(json.dumps({"rows": [{}], "settings": settings | {name: other}, "lr": {}}))
         there = re.escape(f"other settings ({name} {other!r} there, ")
         with pytest.raises(SystemExit, match=f"{there}.* here\\); give another --out"):
@@ -59,10 +60,38 @@ def test_searches_differ_in_nothing_but_the_search(table):
     for kinds in (("lora", "adapter"), ("lora",)):
         method = PrunePEFT(kinds=kinds, lora_r=32)
         assert table.same_rounds(method, model) == {"steps_per_round": 16, "units_per_round": 2}
+    ladder = PrunePEFT()
+    assert table.same_rounds(ladder, model) == {"steps_per_round": 16, "units_per_round": 6}  # of 36 units
     assert set(table.DEFAULT_TASKS) <= set(table.TASKS) and len(table.DEFAULT_TASKS) >= 6
 
 
-@pytest.mark.parametrize("configuration", ["full fine-tuning", "LoRA everywhere at B", "warm-up at B, on all rows"])
+def test_the_budget_is_a_share(table, tmp_path, monkeypatch):
+    """Half, as files without one have it; another share is no continuation of those."""
+    model = tiny_model("bert", num_hidden_layers=6)
+    half, tenth = (table.budget(PrunePEFT(lora_r=32, **more), model) for more in ({}, {"budget": 0.1}))
+    assert half == 5 * tenth or abs(half - 5 * tenth) < 5
+    named = [name for name in table.CONFIGURATIONS if "ranks at B" in name]
+    assert {f"{criterion} alone, ranks at B" for criterion in CRITERIA} < set(named)
+    out = tmp_path / "t.json"
+    monkeypatch.setattr(sys, "argv", ["prune_peft.py", "--model", "toy", "--out", str(out)])
+    names = ("rows", "test_rows", "epochs", "batch_size", "seq_len", "grid", "precision")
+    settings = {name: getattr(table.arguments(), name) for name in names} | {"model": "toy"}
+    done = [
+        {"task": t, "configuration": c, "seed": s} for t in table.TASKS for c in table.CONFIGURATIONS for s in range(5)
+    ]
+    out.write_text(json.dumps({"rows": done, "settings": settings, "lr": {}}))
+    table.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--budget-share", "0.25"])
+    with pytest.raises(SystemExit, match=r"budget_share None there, 0\.25 here"):
+        table.main()
+    shown = {"rows": [], "settings": settings | {"budget_share": 0.25}, "machine": "here"}
+    assert "; B is 0.25 of the smaller kind. Mean" in table.markdown(shown)
+
+
+ROWS = ["full fine-tuning", "LoRA everywhere at B", "warm-up at B, on all rows", "gradient alone, ranks at B"]
+
+
+@pytest.mark.parametrize("configuration", ROWS)
 def test_a_row_of_a_16_bit_model(table, configuration, words, tmp_path):
     """Each kind of row is made on a copy of the model, which stays as it was."""
     lines = [f"{'abcdefgh'[i % 8]} then {i}\t{i % 2}" for i in range(80)]
@@ -76,6 +105,8 @@ def test_a_row_of_a_16_bit_model(table, configuration, words, tmp_path):
     row = table.run(configuration, method, model, tokenizer, rows, "test", None)
     assert 0 <= row["value"] <= 1 and row["train_seconds"] > 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if "ranks" in configuration:
+        assert any(".r" in name for name in row["living"]) and row["parameters"] <= table.budget(method, model)
     if "warm-up" in configuration:
         assert row["assigned_by"] == "warmup" and row["parameters"] <= table.budget(method, model)
 

@@ -17,7 +17,8 @@ from conftest import tiny_model
 
 from sentei import adapters, checkpoint, recipe
 from sentei.data import examples
-from sentei.methods.prune_peft import CRITERIA, PrunePEFT, pages
+from sentei.methods.prune_peft import CRITERIA, PrunePEFT, pages, planning
+from sentei.methods.prune_peft import assignment as assigning
 from sentei.methods.prune_peft.criteria import Recorder
 from sentei.methods.prune_peft.tasks import Task
 from sentei.methods.prune_peft.training import Bench
@@ -250,6 +251,71 @@ def test_planted_vital_units_stay(criterion, rows, words, tmp_path, monkeypatch)
         assert not vital & {name for found in record["rounds"] for name in found["removed"]}
 
 
+LADDER = QUICK | {"lora_r": None, "lora_alpha": None, "units_per_round": 4}
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "sensitivity", "weight", "activation"])
+def test_planted_layers_of_the_default_ladder(criterion, rows, words, tmp_path, monkeypatch):
+    """Where a layer's LoRA is useless, its slices go first, down to the last; where it alone learns, they stay."""
+
+    def found(learns, budget):
+        with monkeypatch.context() as patched:
+            planted(patched, learns)
+            method = PrunePEFT(**LADDER | {"assignment": criterion, "budget": budget})
+            record = search(method, *start("bert", method, rows, words, tmp_path, num_hidden_layers=6))
+        gone = [[name for name in one["removed"] if name.startswith("lora")] for one in record["rounds"]]
+        return record, [[name.partition(".r")[0] for name in names] for names in gone]
+
+    record, gone = found(lambda unit: unit.kind != "lora" or unit.layer != 3, 0.3)
+    assert not any(name.startswith("lora.L3") for name in record["living"])
+    last = max(number for number, names in enumerate(gone) if "lora.L3" in names)
+    assert all(names[0] == "lora.L3" for names in gone[: last + 1] if names)
+    assert all(names.count(layer) <= 2 for names in gone for layer in names)
+    record, gone = found(lambda unit: unit.kind == "lora" and unit.layer == 2, 0.25)
+    assert {"lora.L2.r0-2", "lora.L2.r8-16", "lora.L2.r16-32"} <= set(record["living"])
+    assert not any("lora.L2" in names for names in gone)
+
+
+def test_rounds_that_were_not_planned_are_said(rows, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "count_rounds", lambda *arguments: 1)
+    method = PrunePEFT(**FAST | {"assignment": "paper", "units_per_round": 1, "steps_per_round": 4})
+    said = "the search takes round 2, 1 were planned: it will cost 0.93x of one training, goal 0.30"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        record = method.compress(*start("bert", method, rows, words, tmp_path))
+    assert said in record["notes"] and record["search_ratio"]["rows"] > 2 * 4 / 12
+    strict = PrunePEFT(**vars(method) | {"max_search_ratio": 0.5, "strict_search_ratio": True})
+    with pytest.raises(ValueError, match=r"round 2, 1 were planned.*; raise max_search_ratio"):
+        search(strict, *start("bert", method, rows, words, tmp_path))
+    ample = PrunePEFT(**vars(method) | {"max_search_ratio": 9.0, "strict_search_ratio": True})
+    assert not search(ample, *start("bert", method, rows, words, tmp_path))["notes"]
+
+
+def test_a_large_batch_needs_no_warm_up(rows, words, tmp_path):
+    """Which the defaults' 100 rows are too few for: refused where a warm-up runs alone."""
+    fields = FAST | {"batch_size": 30, "warmup_examples": 50, "steps_per_round": 4}
+    paper = PrunePEFT(**fields | {"assignment": "paper"})
+    assert search(paper, *start("bert", paper, rows, words, tmp_path))["living"]
+    with pytest.raises(ValueError, match="a warm-up of 50 rows is fewer than 2 batches of 30"):
+        search(PrunePEFT(**fields), *start("bert", paper, rows, words, tmp_path))
+
+
+def test_the_last_mask_is_watched_too(rows, words, tmp_path, monkeypatch):
+    """One removal meets the budget; the metric falls after it, and the search goes back to all units."""
+    values = iter([0.9, 0.5])
+    monkeypatch.setattr(Bench, "score", lambda self, rows: next(values, 0.7))
+    fields = {"assignment": "paper", "budget": 0.9, "units_per_round": 1, "max_drop": 0.1, "patience": 1}
+    method = PrunePEFT(**FAST | fields)
+    record = search(method, *start("bert", method, rows, words, tmp_path))
+    assert record["status"] == "stopped_early" and len(record["rounds"]) == 2 == record["plan"]["rounds"]
+    assert len(record["living"]) == len(record["units"])
+    values = iter([0.9, 0.85])
+    record = search(method, *start("bert", method, rows, words, tmp_path))
+    assert record["status"] == "accepted" and [found["removed"] for found in record["rounds"]][1] == []
+    few = PrunePEFT(**FAST | fields | {"patience": 2})
+    with pytest.warns(UserWarning, match="max_drop will stop nothing: 2 rounds after the first must fall"):
+        few.compress(*start("bert", method, rows, words, tmp_path))
+
+
 def test_rolling_back(rows, words, tmp_path, monkeypatch):
     values = iter([0.9, 0.88, 0.5, 0.5, 0.5, 0.5])
     monkeypatch.setattr(Bench, "score", lambda self, rows: next(values, 0.7))
@@ -331,6 +397,11 @@ def test_a_saved_assignment_is_used_again(rows, words, tmp_path):
     method = PrunePEFT(**FAST | {"assignment": f"file:{tmp_path / 'x.json'}"})
     record = search(method, *start("bert", method, rows, words, tmp_path, num_hidden_layers=6))
     assert record["assignment"] == {kind: [list(cell) for cell in blocks] for kind, blocks in table.items()}
+    whole = {"method": "prune_peft", "record": json.loads(json.dumps(record))}  # as prunepeft.json has it
+    (tmp_path / "prunepeft.json").write_text(json.dumps(whole))
+    cell_of = {f"{kind}.{block}": (kind, block) for kind in table for block in range(4)}
+    found = assigning.from_file(tmp_path / "prunepeft.json", cell_of)
+    assert assigning.as_table(found) == table
     (tmp_path / "x.json").write_text('{"lora": []}')
     with pytest.raises(ValueError, match="is no assignment for these units"):
         search(method, *start("bert", method, rows, words, tmp_path))
@@ -400,7 +471,7 @@ def test_a_recipe_prunes_and_then_adapts_the_pruned_model(rows, words, tmp_path)
         ({"task": "chess"}, "task is one of classification"),
         ({"lr": 0}, "lr must be above 0"),
         ({"depth_cuts": (0.5, 0.2, 0.8)}, "three rising numbers"),
-        ({"warmup_examples": 10}, "fewer than 2 batches of 16"),
+        ({"kinds": ("adapter",), "compare": True}, "compare trains LoRA everywhere, which is not among kinds"),
         ({"max_drop_vs": 0.1}, "compare=true"),
         ({"kind_weights": (1.0,)}, "a number above 0 for each of lora, adapter"),
         ({"score_from": 1.0}, "score_from and dropout"),
@@ -425,6 +496,8 @@ def test_bad_inputs(rows, words, tmp_path):
     refused("metric 'spearman' is not for classification", metric="spearman")
     refused("goal 0.30; raise max_search_ratio", strict_search_ratio=True)
     refused("no field 'mark'", label_field="mark")
+    warmup = {"assignment": "warmup", "max_search_ratio": 99.0}
+    refused("a warm-up of 15 rows is fewer than 2 batches of 8", warmup_examples=15, **warmup)
     model = tiny_model("bert")
     adapters.inject(model, adapters.units(model, rank=4, width=8))
     refused("has PEFT modules already", model=model)

@@ -73,6 +73,8 @@ def save(
         # What stock transformers must be told: `reading.load` sees to both.
         base["remote_code"] = "auto_map" in source.config
         base["needs_pad"] = structure.is_causal(model) and source.config.get("pad_token_id") is None
+        # The search may have loaded the base in another dtype than its file has.
+        base["dtype"] = str(next(model.parameters()).dtype)
         account = _write_adapter(partial, what, base, tensors, adapters.head(model), tokenizer)
         if fallback is not None:
             (partial / "fallback").mkdir()
@@ -193,6 +195,9 @@ def _card(account: dict[str, Any], name: str) -> str:
     base, labels = account["base"]["path"], account["head"].get("labels")
     auto = f"AutoModelFor{account['head'].get('task', 'CausalLM')}"
     options = f", num_labels={len(labels)}" if labels else ""
+    options += f", dtype={account['base']['dtype']}"
+    gguf = Path(base) if base.endswith(".gguf") else None
+    where = f'"{gguf.parent}", gguf_file="{gguf.name}"' if gguf else f'"{base}"'
     remote = ", trust_remote_code=True" if account["base"]["remote_code"] else ""
     pad = "base.config.pad_token_id = tokenizer.pad_token_id  # without it batches of one row only\n"
     pad = pad if labels and account["base"]["needs_pad"] else ""
@@ -210,11 +215,18 @@ def _card(account: dict[str, Any], name: str) -> str:
             "A plain LoRA: stock peft loads it, and sentei is not needed.",
             "",
             f'```python\ntokenizer = transformers.AutoTokenizer.from_pretrained("{name}")\n'
-            f'base = transformers.{auto}.from_pretrained("{base}"{options}{remote})\n{pad}'
+            f"base = transformers.{auto}.from_pretrained({where}{options}{remote})\n{pad}"
             f'model = peft.PeftModel.from_pretrained(base, "{name}")\n```',
         ]
+        if gguf:
+            lines += [
+                "",
+                "The base is a `.gguf` file, which transformers unpacks at each start. "
+                f'`sentei.checkpoint.unpack("{base}", "FOLDER")` makes a folder of it once, to be named in its place.',
+            ]
         if remote:
             lines += ["", "The base brings modelling code, which `trust_remote_code=True` runs: read it first."]
+    lines += ["", f"All figures are of the base in {account['base']['dtype'].removeprefix('torch.')}."]
     if labels:
         lines += ["", f"Labels, in the order of the outputs: {', '.join(labels)}."]
     return "\n".join(lines) + "\n\n"

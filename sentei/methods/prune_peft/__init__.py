@@ -5,7 +5,7 @@
 3. Warm-up: short runs in which all six criteria vote; each cell (kind x depth block) gets the
    criteria that prune most in it, each criterion the cell it prunes most                      `rounds.assign`
 4. Rounds: start again from the pre-trained weights, train briefly, score every living unit,    `rounds.rounds`
-   remove the k most prunable, each kind its share                                       `assignment.judge`, `remove`
+   remove the k most prunable, each kind as large a share of its parameters              `assignment.judge`, `remove`
 5. At the budget: put back what still fits                                                           `put_back`
 6. Train the survivors from scratch on all the data                                                  `_retrain`
 
@@ -84,7 +84,9 @@ class PrunePEFT:
     threshold_mode: str = option("relative", "to the RMS of the matrix's role; or absolute", "[ours]")
     score_from: float = option(0.5, "scores are of the rest of a round: LoRA's A has no gradient at first", "[ours]")
     depth_cuts: tuple[float, ...] = option((0.2, 0.5, 0.8), "where depth blocks begin", "released code")
-    kind_weights: tuple[float, ...] | None = option(None, "shifts removals between kinds, in their order", "[ours]")
+    kind_weights: tuple[float, ...] | None = option(
+        None, "how much more of its parameters a kind loses, in their order", "[ours]"
+    )
     count_head: bool = option(False, "the head is part of the budget", "[ours]")
     task: str | None = option(None, "classification, regression or response; default: by the labels")
     pair_field: str | None = option(None, "second text of a row")
@@ -99,7 +101,9 @@ class PrunePEFT:
     weight_decay: float = option(0.01, "on matrices", "[ours]")
     precision: str = option("auto", "fp32, bf16 (autocast) or auto")
     save_every: int = option(50, "steps between checkpoints of the final training")
-    max_drop: float | None = option(None, "stop when the watched metric falls so far below the first round's", "[ours]")
+    max_drop: float | None = option(
+        None, "stop when the watched metric falls so far below the first round's; costs a round more", "[ours]"
+    )
     patience: int = option(2, "rounds in a row that must fall so far", "[ours]")
     strict_budget: bool = option(False, "a search that stopped early has failed (exit code 4)", "[ours]")
     min_metric: float | None = option(None, "least metric on validation rows to be accepted", "[ours]")
@@ -136,15 +140,12 @@ class PrunePEFT:
             raise ValueError("score_from and dropout are at least 0 and below 1, warmup_top is between 0 and 1")
         if self.search_fraction is not None and self.search_fraction > 1:
             raise ValueError(f"search_fraction is a share of the rows, at most 1; got {self.search_fraction}")
-        if self.warmup_examples < 2 * self.batch_size:
-            raise ValueError(
-                f"a warm-up of {self.warmup_examples} rows is fewer than 2 batches of {self.batch_size}; raise "
-                "warmup_examples, or lower batch_size"
-            )
         if self.kind_weights is not None and (len(self.kind_weights) != len(self.kinds) or min(self.kind_weights) <= 0):
             raise ValueError(f"kind_weights needs a number above 0 for each of {', '.join(self.kinds)}")
         if self.max_drop_vs is not None and not self.compare:
             raise ValueError("max_drop_vs compares with LoRA everywhere, which compare=true trains; set both")
+        if self.compare and "lora" not in self.kinds:
+            raise ValueError("compare trains LoRA everywhere, which is not among kinds; add lora, or leave compare out")
 
     # --- data and model -----------------------------------------------------------------------------
 
@@ -187,6 +188,11 @@ class PrunePEFT:
             return (self.lora_alpha or usual_alpha) / self.ranks(model)[-1]
         return usual_alpha / usual_rank
 
+    def weights(self, space: Sequence[Unit]) -> dict[str, float]:
+        """kind_weights, of the kinds that units have: those of split LoRA too."""
+        given = dict(zip(self.kinds, self.kind_weights, strict=True)) if self.kind_weights else {}
+        return {unit.kind: given.get(unit.kind.partition("_")[0], 1.0) for unit in space}
+
     def pages(self, record: dict[str, Any]) -> dict[str, str]:
         """Text files that go beside the adapter."""
         return pages.all_pages(record)
@@ -218,6 +224,8 @@ class PrunePEFT:
         say = report or (lambda event: None)
         base_parameters = sum(p.numel() for p in model.parameters())
         space = self.space(model)
+        if self.compare and not any(unit.is_lora for unit in space):
+            raise ValueError("compare trains LoRA everywhere, and no layer has a host for it; leave compare out")
         base_fingerprint = adapters.fingerprint(model)
         remarks = adapters.remarks(model, space)
         task = tasks.Task(text, tokenizer, model, metric=self.metric, length=self.seq_len)
@@ -278,8 +286,6 @@ class PrunePEFT:
                 "more rows, or lower batch_size"
             )
         warmup = self.warmup_turns * math.ceil(self.warmup_examples * self.warmup_epochs / batch)
-        if self.assignment == "warmup" and text.labels and self.warmup_examples < least:
-            raise ValueError(f"warmup_examples {self.warmup_examples}: {least} at least, two of each label")
         plan = planning.plan(
             space,
             budget,
@@ -294,7 +300,16 @@ class PrunePEFT:
             search_fraction=self.search_fraction,
             max_ratio=self.max_search_ratio,
             least_rows=least,
+            patience=None if self.max_drop is None else self.patience,
+            weights=self.weights(space),
         )
+        if plan.warmup_steps and self.warmup_examples < 2 * self.batch_size:
+            raise ValueError(
+                f"a warm-up of {self.warmup_examples} rows is fewer than 2 batches of {self.batch_size}; raise "
+                "warmup_examples, or lower batch_size"
+            )
+        if plan.warmup_steps and text.labels and self.warmup_examples < least:
+            raise ValueError(f"warmup_examples {self.warmup_examples}: {least} at least, two of each label")
         turn = plan.warmup_steps // self.warmup_turns
         for name, steps in (("steps_per_round", plan.round_steps), ("warmup_epochs", turn)):
             if steps and steps - math.ceil(self.score_from * steps) < 2:
@@ -307,8 +322,6 @@ class PrunePEFT:
         if "plain_lora" in state.values:
             return
         everywhere = [unit for unit in search.space if unit.is_lora]
-        if not everywhere:
-            raise ValueError("compare trains LoRA everywhere, which is not among kinds; add lora, or leave compare out")
         state.values["seconds"]["plain_lora"] = self._train(search, everywhere, text, "plain_lora", "LoRA everywhere")
         state.values["plain_lora"] = {
             "metric": bench.score(text.validation),

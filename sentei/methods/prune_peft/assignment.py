@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ PAPER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 SHUFFLES = 10_000
+RUNGS = 2  # of a ladder at most in one round: the slices of a layer score alike, and one round would take them all
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Judgement:
     combined: dict[str, float]
     percentile: dict[str, dict[str, float]]
     abstained: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, later: Judgement) -> None:
+        """A later verdict on some of the units, in place of the earlier one."""
+        self.order.update(later.order)
+        self.probability.update(later.probability)
+        self.combined.update(later.combined)
+        self.abstained.update(later.abstained)
+        for criterion, of_unit in later.percentile.items():
+            self.percentile[criterion].update(of_unit)
 
 
 def depth_blocks(num_layers: int, cuts: Sequence[float] = (0.2, 0.5, 0.8)) -> list[int]:
@@ -74,15 +84,19 @@ def fixed(name: str, cell_of: Mapping[str, Cell]) -> Assignment:
 
 
 def from_file(path: str | Path, cell_of: Mapping[str, Cell]) -> Assignment:
-    """An assignment saved as JSON: {"lora": [["gradient"], ...], ...}, four lists of criteria for each kind."""
+    """An assignment saved as JSON: {"lora": [["gradient"], ...], ...}, four lists of criteria for each kind.
+
+    Or the prunepeft.json of an earlier search.
+    """
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = table.get("record", table)
         table = table.get("assignment", table)
         found = {cell: tuple(table[cell[0]][cell[1]]) for cell in set(cell_of.values())}
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no assignment for these units ({type(error).__name__}: {error}); expected JSON "
-            '{"lora": [[criteria of the first depth block], ... four of them], "adapter": [...]}'
+            '{"lora": [[criteria of the first depth block], ... four of them], "adapter": [...]}, or a prunepeft.json'
         ) from error
     unknown = {criterion for criteria in found.values() for criterion in criteria} - set(CRITERIA)
     if unknown or not all(found.values()):
@@ -152,25 +166,31 @@ def match(votes: Mapping[str, Mapping[Cell, int]], sizes: Mapping[Cell, int]) ->
     return {cell: tuple(c for c in CRITERIA if c in criteria) or CRITERIA for cell, criteria in found.items()}
 
 
-def chance(votes: Mapping[str, Mapping[str, int]], cell_of: Mapping[str, Cell], *, seed: int) -> float:
-    """Probability of votes at least so uneven over the cells, were units dealt to cells at random within their kind.
+def chance(
+    votes: Mapping[str, Mapping[str, int]], units: Sequence[Unit], cell_of: Mapping[str, Cell], *, seed: int
+) -> float:
+    """Probability of votes at least so uneven over the cells, were whole layers dealt to depth blocks at random.
 
-    By 10,000 shuffles of whole units: the turns vote for the same units again, so votes are not independent.
+    By 10,000 shuffles: what is true of a layer is true of all its units, and the turns vote for the same ones again,
+    so neither are independent.
     """
     import numpy as np
 
     generator = np.random.default_rng(mix(seed, "chance"))
-    uneven = np.zeros(1 + SHUFFLES)  # the first is what was seen
-    for kind in sorted({cell[0] for cell in cell_of.values()}):
-        ids = sorted(name for name, cell in cell_of.items() if cell[0] == kind)
-        votes_SU = np.array([[of_unit[name] for name in ids] for of_unit in votes.values()], dtype=float)
-        cell_UC = np.array([[cell_of[name][1] == block for block in range(4)] for name in ids], dtype=float)
-        expected_SC = votes_SU.sum(1, keepdims=True) * cell_UC.sum(0) / len(ids)
-        orders = np.argsort(generator.random((SHUFFLES, len(ids))), axis=1)
-        orders = np.concatenate([np.arange(len(ids))[None], orders])
-        counts_NSC = np.einsum("su,nuc->nsc", votes_SU, cell_UC[orders])
-        safe_SC = np.where(expected_SC > 0, expected_SC, 1.0)
-        uneven += ((counts_NSC - expected_SC) ** 2 / safe_SC).sum((1, 2))
+    block_of = {unit.layer: cell_of[unit.id][1] for unit in units}
+    layers = sorted(block_of)
+    block_LC = np.array([[block_of[layer] == block for block in range(4)] for layer in layers], dtype=float)
+    orders = np.argsort(generator.random((SHUFFLES, len(layers))), axis=1)
+    block_NLC = block_LC[np.concatenate([np.arange(len(layers))[None], orders])]  # the first is what was seen
+    uneven = np.zeros(1 + SHUFFLES)
+    for kind in sorted({unit.kind for unit in units}):
+        of_layer = [[unit.id for unit in units if (unit.kind, unit.layer) == (kind, layer)] for layer in layers]
+        votes_SL = np.array([[sum(v[name] for name in ids) for ids in of_layer] for v in votes.values()], dtype=float)
+        size_NC = np.einsum("l,nlc->nc", np.array([len(ids) for ids in of_layer], dtype=float), block_NLC)
+        counts_NSC = np.einsum("sl,nlc->nsc", votes_SL, block_NLC)
+        expected_NSC = votes_SL.sum(1)[None, :, None] * size_NC[:, None] / size_NC[:1, None].sum(-1, keepdims=True)
+        safe_NSC = np.where(expected_NSC > 0, expected_NSC, 1.0)
+        uneven += ((counts_NSC - expected_NSC) ** 2 / safe_NSC).sum((1, 2))
     return float((uneven >= uneven[0] - 1e-9).mean())
 
 
@@ -236,47 +256,85 @@ def weigh(p: float, slope: float) -> float:
     return p / (1 + math.exp(-slope * (2 * p - 1)))
 
 
-def share(
-    counts: Mapping[str, int], count: int, *, seed: object, weights: Mapping[str, float] | None = None
-) -> dict[str, int]:
-    """How many of `count` removals each kind gets: in proportion to its units, rounded by systematic sampling."""
-    weights = weights or {}
-    sizes = {kind: counts[kind] * weights.get(kind, 1.0) for kind in sorted(counts)}
-    total, count = sum(sizes.values()), min(count, sum(counts.values()))
-    if not total:
-        return dict.fromkeys(counts, 0)
-    start = random.Random(mix(seed, "share")).random()
-    found, edge = {}, 0.0
-    for kind, size in sizes.items():
-        before, edge = edge, edge + count * size / total
-        found[kind] = min(counts[kind], math.ceil(edge - start - 1e-9) - math.ceil(before - start - 1e-9))
-    for kind in sorted(counts, key=lambda kind: -counts[kind]):  # a weight may ask for more than a kind has
-        found[kind] += min(counts[kind] - found[kind], count - sum(found.values()))
-    return found
-
-
 def remove(
+    space: Sequence[Unit],
     living: Sequence[Unit],
-    judgement: Judgement,
+    scores: Mapping[str, Mapping[str, float]],
+    cell_of: Mapping[str, Cell],
+    assignment: Assignment | None,
     count: int,
     budget: int,
     *,
+    slope: float,
     seed: object,
+    number: int = 0,
     weights: Mapping[str, float] | None = None,
-) -> list[Unit]:
-    """The units that go in this round, most prunable first: at most `count`, fewer once the budget is met."""
-    of = {unit.id: unit for unit in living}
-    counts = {kind: len(ids) for kind, ids in judgement.order.items()}
-    quota = share(counts, count, seed=seed, weights=weights)
-    chosen = [name for kind, ids in judgement.order.items() for name in ids[: quota[kind]]]
-    chosen.sort(key=lambda name: (-judgement.probability[name], mix(seed, "between", name)))
-    total, gone = sum(unit.parameters for unit in living), []
-    for name in chosen:
-        if total <= budget:
+) -> tuple[list[Unit], Judgement]:
+    """The units that go in a round, in the order of removal, and the last verdict on each unit that was judged.
+
+    They go in steps of at most a quarter of what may go, each judged anew on the round's scores: the next slice of a
+    ladder is compared as soon as the one above it is gone, and no step must take all tops, whatever their scores.
+
+    Args:
+        space: all units of the supernet.
+        scores: criterion -> unit id -> score; none are needed where `assignment` is None.
+        count: at most so many go, fewer once the budget is met.
+        number: of the round; `seed` is the same in all rounds of a search, so that the kinds' turns go on.
+        weights: kind -> how much larger a share of its parameters it loses.
+    """
+    living, gone = list(living), []
+    whole, lost = (_by_kind(space, weights or {}), _by_kind(set(space) - set(living), {}))
+    total = sum(unit.parameters for unit in living)
+    offset = random.Random(mix(seed, "kinds")).random()
+    verdict = Judgement({}, {}, {}, {criterion: {} for criterion in CRITERIA})
+    while len(gone) < count and total > budget:
+        able = removable(living)
+        able = [unit for unit in able if sum(unit.modules == other.modules for other in gone) < RUNGS]
+        if not able:
             break
-        gone.append(of[name])
-        total -= of[name].parameters
-    return gone
+        judgement = judge(scores, able, cell_of, assignment, slope=slope, seed=(seed, "judge", number, len(gone)))
+        verdict.add(judgement)
+        of = {unit.id: unit for unit in able}
+        queues = {kind: [of[name] for name in names] for kind, names in judgement.order.items()}
+        for _ in range(min(max(1, len(able) // 4), count - len(gone))):
+            if total <= budget:
+                break
+            unit = queues[next_kind(queues, whole, lost, offset)].pop(0)
+            lost[unit.kind] = lost.get(unit.kind, 0) + unit.parameters
+            total -= unit.parameters
+            living.remove(unit)
+            gone.append(unit)
+    return gone, verdict
+
+
+def next_kind(
+    queues: Mapping[str, Sequence[Unit]], whole: Mapping[str, float], lost: Mapping[str, float], offset: float
+) -> str:
+    """The kind that gives up the next unit, so that all lose the same share of their parameters.
+
+    Systematic sampling: each kind is behind that share by some units, by one in all; the offset, between 0 and 1, falls
+    on one of them.
+
+    Args:
+        queues: kind -> units that may go, the next one first.
+        whole: kind -> its parameters at first, `lost`: those that are gone.
+    """
+    price = {kind: units[0].parameters for kind, units in sorted(queues.items()) if units}
+    gone = {kind: lost.get(kind, 0) for kind in price}
+    share = (1 + sum(gone[kind] / price[kind] for kind in price)) / sum(whole[kind] / price[kind] for kind in price)
+    passed = 0.0
+    for kind in price:
+        passed += (share * whole[kind] - gone[kind]) / price[kind]
+        if passed > offset:
+            return kind
+    return max(price)
+
+
+def _by_kind(units: Iterable[Unit], weights: Mapping[str, float]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for unit in units:
+        found[unit.kind] = found.get(unit.kind, 0) + unit.parameters * weights.get(unit.kind, 1.0)
+    return found
 
 
 def put_back(living: Sequence[Unit], removed: Sequence[Sequence[Unit]], budget: int) -> list[Unit]:
@@ -297,4 +355,5 @@ def put_back(living: Sequence[Unit], removed: Sequence[Sequence[Unit]], budget: 
 
 def removable(living: Sequence[Unit]) -> list[Unit]:
     """What may go next: all but the slices of a ladder that another one stands on."""
-    return [unit for unit in living if not any(other.stands_on(unit) for other in living)]
+    below = {(unit.modules, unit.start) for unit in living if unit.start}
+    return [unit for unit in living if (unit.modules, unit.rank) not in below]

@@ -134,10 +134,11 @@ class Recorder:
         def product(up: nn.Module, inputs: Any, output: Tensor) -> None:
             if not self.scoring:
                 return
-            if (unit.start, unit.rank) != (0, output_ranks):  # a slice's share of the product
+            if (unit.start, unit.rank) != (0, output_ranks):  # a slice's part of the product
                 inner_BTr = inputs[0].detach()[..., unit.start : unit.rank]
                 output = nn.functional.linear(inner_BTr, unit.own("up.B", up.weight.detach()))
-            add(scaling * output.detach(), self._host_mean[name])
+            # Of noise, a sum over ranks grows with the root of their number, and the narrow slices would all go first.
+            add(scaling * output.detach(), self._host_mean[name] * math.sqrt(unit.rank - unit.start))
 
         self._hooks.append(module.base_layer.register_forward_hook(keep))
         self._hooks.append(module.lora_B["default"].register_forward_hook(product))

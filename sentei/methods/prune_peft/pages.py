@@ -62,8 +62,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "![kind by layer](heat_map.svg)",
         "",
-        "Scores of different kinds are not comparable, so each kind gives up its share of units. n is what a score is "
-        "the mean of: few weights make it noisier.",
+        "Scores of different kinds are not comparable, so each gives up the same share of its parameters. n is what a "
+        "score is the mean of: few weights make it noisier.",
         "",
         "| unit | n | removed in round | mean P |",
         "|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def warm_up(search: Search, rows: list[examples.Row]) -> assigning.Assignment:
         turns.append(search.bench.measure(search.space, few, steps, seed=("warm-up", turn), say=tell))
     votes = assigning.count_votes(turns, cell_of, f.warmup_top, seed=f.seed)
     sizes = {cell: list(cell_of.values()).count(cell) for cell in set(cell_of.values())}
-    p = assigning.chance(votes, cell_of, seed=f.seed)
+    p = assigning.chance(votes, search.space, cell_of, seed=f.seed)
     search.state.values |= {"votes": votes, "chance": p}
     if p > 0.05:
         note = f"the warm-up's votes are as uneven by chance with probability {p:.2f}: the table says little"
@@ -79,7 +80,15 @@ def rounds(search: Search, rows: list[examples.Row], watched: list[examples.Row]
     state, plan = search.state, search.plan
     by_id = {unit.id: unit for unit in search.space}
     living = [by_id[name] for name in state.values["living"]]
-    while sum(unit.parameters for unit in living) > plan.budget and state.values["status"] == "searching":
+
+    def unfinished() -> bool:
+        """Above the budget; or at it, by a removal that the watched metric has not yet seen."""
+        done = state.values["rounds"]
+        unseen = search.fields.max_drop is not None and done and done[-1]["removed"]
+        return sum(unit.parameters for unit in living) > plan.budget or bool(unseen)
+
+    while state.values["status"] == "searching" and unfinished():
+        _keep_to_the_plan(search)
         with state.timed("rounds"):
             found = one_round(search, living, rows, watched)
         state.values["rounds"].append(found)
@@ -104,6 +113,29 @@ def rounds(search: Search, rows: list[examples.Row], watched: list[examples.Row]
     return living
 
 
+def _keep_to_the_plan(search: Search) -> None:
+    """Say so, or stop a strict search, before a round that was not planned and costs more than was allowed."""
+    f, plan, values = search.fields, search.plan, search.state.values
+    number = len(values["rounds"]) + 1
+    if number <= plan.rounds or plan.cost(number) <= f.max_search_ratio * 1.001 or not trains(f):
+        return
+    note = (
+        f"the search takes round {number}, {plan.rounds} were planned: it will cost {plan.cost(number):.2f}x of one "
+        f"training, goal {f.max_search_ratio:.2f}"
+    )
+    if f.strict_search_ratio:
+        raise ValueError(f"{note}; raise max_search_ratio or units_per_round, or leave strict_search_ratio out")
+    if note not in values.setdefault("notes", []):  # a round that is resumed
+        values["notes"].append(note)
+    warnings.warn(note, stacklevel=2)
+    search.say({"message": note})
+
+
+def trains(fields: Any) -> bool:
+    """Do rounds train? Removal at random looks at nothing, unless a metric is watched."""
+    return fields.assignment != "random" or fields.max_drop is not None
+
+
 def one_round(
     search: Search, living: list[Unit], rows: list[examples.Row], watched: list[examples.Row]
 ) -> dict[str, Any]:
@@ -112,7 +144,7 @@ def one_round(
     number = len(state.values["rounds"])
     found: dict[str, Any] = {"living": [unit.id for unit in living]}
     measured: dict[str, dict[str, float]] = {}
-    if f.assignment != "random" or f.max_drop is not None:
+    if trains(f):
         tell = search.tell(f"round {number + 1} of about {plan.rounds}, {len(living)} units")
         measured = search.bench.measure(living, rows, plan.round_steps, seed=("round", number), say=tell)
     if f.max_drop is not None:
@@ -122,15 +154,10 @@ def one_round(
     table = state.values["assignment"]
     cells = set(search.cell_of.values())
     assignment = None if table is None else {cell: tuple(table[cell[0]][cell[1]]) for cell in cells}
-    judgement = assigning.judge(
-        measured, assigning.removable(living), search.cell_of, assignment, slope=f.rank_slope,
-        seed=(f.seed, "judge", number),
+    gone, judgement = assigning.remove(
+        search.space, living, measured, search.cell_of, assignment, plan.units_per_round, plan.budget,
+        slope=f.rank_slope, seed=f.seed, number=number, weights=f.weights(search.space),
     )  # fmt: skip
-    given = dict(zip(f.kinds, f.kind_weights, strict=True)) if f.kind_weights else {}
-    weights = {kind: given.get(kind.partition("_")[0], 1.0) for kind, _ in cells}
-    gone = assigning.remove(
-        living, judgement, plan.units_per_round, plan.budget, seed=(f.seed, number), weights=weights
-    )
     return found | {
         "removed": [unit.id for unit in gone],
         "scores": measured,
