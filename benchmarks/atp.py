@@ -225,9 +225,9 @@ def prune(
         "calibration_samples": args.calibration, "calibration_seq_len": args.seq_len,
     }  # fmt: skip
     if name == "policy-gradient":
-        method: Any = PolicyGradient(  # the table began without slopes
-            slope_sweeps=0, coarse_steps=args.search_steps, batch_size=args.batch_size, seq_len=args.seq_len,
-            eval_samples=8, **fields,
+        method: Any = PolicyGradient(  # the table began without slopes and divergence
+            reward="lm_loss", slope_sweeps=0, coarse_steps=args.search_steps, batch_size=args.batch_size,
+            seq_len=args.seq_len, eval_samples=8, **fields,
         )  # fmt: skip
     else:
         criterion, _, refits = name.partition("-")

@@ -37,7 +37,7 @@ from sentei.methods.policy_gradient.levels import FAR, Allocation, Bits
 from sentei.methods.policy_gradient.search import Search
 from sentei.recipe import find_model
 
-NOTHING = {"slope_sweeps": 0, "coarse_steps": 0, "steps": 0}
+NOTHING = {"slope_sweeps": 0, "coarse_steps": 0, "steps": 0, "reward": "lm_loss"}
 
 
 def ways(forwards: int, layers: int, kinds: int) -> dict[str, dict[str, Any] | str]:
@@ -50,6 +50,7 @@ def ways(forwards: int, layers: int, kinds: int) -> dict[str, dict[str, Any] | s
         "start (no search)": {},
         "slopes": {"slope_sweeps": sweeps},
         "slopes, one sweep": {"slope_sweeps": 1},
+        "slopes of the divergence": {"slope_sweeps": sweeps, "reward": "kl"},
         "random directions": {"coarse_steps": forwards // 2},
         "slopes, then random directions": {"slope_sweeps": half, "coarse_steps": rest},
         "random search": "random search",

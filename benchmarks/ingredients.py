@@ -28,7 +28,7 @@ from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 
-SEARCH = PolicyGradient(granularity="channels", compensate="mean")
+SEARCH = PolicyGradient(granularity="channels", compensate="mean", reward="lm_loss")
 INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
     "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
     "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
@@ -38,6 +38,7 @@ INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, 
     "+ refit on 32,768 tokens": ("flap", True, "least-squares", 256, 0.0),
     "+ 0.3 of the layers' errors made good": ("flap", True, "least-squares", 256, 0.3),  # not in every model
     "+ FLAP's or Wanda's order, by measuring": ("auto", True, "least-squares", 256, 0.3),
+    "+ searched by the divergence, not the loss": ("auto", True, "least-squares", 256, 0.3),
 }
 PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
 
@@ -104,8 +105,9 @@ def how(name: str) -> tuple[Any, tuple[str, ...], str]:
                 calibration_samples=blocks,
             )
             return equal, (compensation,), f"{init} order, equal widths"
-        method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks)
-        return method, (compensation,), f"{init} order, searched"
+        reward = "kl" if "divergence" in name else SEARCH.reward
+        method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks, reward=reward)
+        return method, (compensation,), f"{init} order, searched by {reward}"
     method, compensations, _ = ROWS[name]
     if name != "greedy":
         method = replace(method, calibration_samples=64)

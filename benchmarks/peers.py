@@ -111,13 +111,18 @@ def main() -> None:
 
 
 def with_fields(name: str, sparsity: float, seed: int, args: argparse.Namespace) -> Any:
-    """A row's method. The table began without slopes, a correction (see ingredients.py) and rounding."""
+    """A row's method. The table began without slopes of the divergence, a correction (see ingredients.py), rounding."""
     method = ROWS[name][0]
     fields = {"sparsity": sparsity, "seed": seed, "correction": 0.0, "round_to": 1}
     if name != "greedy":
         fields["calibration_samples"] = args.calibration
     if isinstance(method, PolicyGradient):
-        fields |= {"slope_sweeps": 0, "coarse_steps": args.search_steps, "batch_size": args.search_batch}
+        fields |= {
+            "reward": "lm_loss",
+            "slope_sweeps": 0,
+            "coarse_steps": args.search_steps,
+            "batch_size": args.search_batch,
+        }
     return replace(method, **fields)
 
 
@@ -182,7 +187,7 @@ def prune(
     return best, {
         "compensation": min(losses, key=lambda name: losses[name]),
         "held_perplexity": {name: math.exp(min(loss, 50)) for name, loss in losses.items()},
-        "start_held_perplexity": math.exp(account["start_loss"]) if account.get("start_loss") else None,
+        "start_held_perplexity": account.get("start_perplexity"),
         "removed_of_layers": record["removed_of_layers"],
         "removed_of_model": record["removed_of_model"],
         "init": account.get("init"),

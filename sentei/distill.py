@@ -24,6 +24,7 @@ from sentei.train import IGNORE, Batch, autocast, evaluating
 Pairs = tuple[tuple[int, int], ...]
 """(layer of the student, layer of the teacher) whose outputs should agree."""
 
+CHUNK = 128  # tokens whose logits exist at one time
 PIECE = 16  # tokens whose logits are gone through at once where a loss is all that is asked: they stay in the cache
 
 
@@ -88,6 +89,67 @@ def check_head(model: nn.Module, ids_BT: Tensor) -> None:
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """What a model says of a batch's targets, in little memory: its likeliest words, and all others as one.
+
+    Attributes:
+        word_NK: [N, K] words, likeliest first.
+        log_q_NK: [N, K] their log-probabilities.
+    """
+
+    word_NK: Tensor
+    log_q_NK: Tensor
+
+
+@torch.no_grad()
+def likeliest(model: nn.Module, batch: Batch, count: int = 256) -> Likeliest:
+    """The `count` likeliest words at each target of a batch: a few bytes where its logits are 200 kB a token."""
+    words, logs = [], []
+    for z_nV, _, log_total_n1 in _logits(model, batch):
+        top = z_nV.topk(min(count, z_nV.shape[1]))
+        words.append(top.indices)
+        logs.append(top.values - log_total_n1)
+    return Likeliest(torch.cat(words), torch.cat(logs))
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, batch: Batch, dense: Likeliest) -> dict[str, Tensor]:
+    """Means over a batch's targets, nats: "kl", KL(dense || model) with all but the dense model's likeliest words taken
+    as one, and "ce", the cross-entropy.
+
+    Taking words together lowers a divergence, never below 0; it costs no more than the cross-entropy, for the dense
+    model's logits are not needed again. No gradient.
+    """
+    kl = ce = torch.zeros((), dtype=torch.double, device=dense.log_q_NK.device)
+    start = 0
+    for z_nV, target_n, log_total_n1 in _logits(model, batch):
+        rows = slice(start, start := start + len(target_n))
+        log_q_nK = dense.log_q_NK[rows]
+        log_p_nK = z_nV.gather(1, dense.word_NK[rows]) - log_total_n1
+        rest_p_n, rest_q_n = (1 - log_nK.exp().sum(1) for log_nK in (log_p_nK, log_q_nK))
+        among = (log_q_nK.exp() * (log_q_nK - log_p_nK)).sum()
+        others = rest_q_n.clamp_min(0) * (rest_q_n.clamp_min(1e-6) / rest_p_n.clamp_min(1e-6)).log()
+        kl = kl + among + others.sum()
+        ce = ce + (log_total_n1 - z_nV.gather(1, target_n[:, None])).sum()
+    return {"kl": kl / max(1, start), "ce": ce / max(1, start)}
+
+
+def _logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For a few targets at a time: logits below zero [n, V] in fp32, targets [n], log sum exp of the logits [n, 1]."""
+    turn = head(model)
+    assert turn is not None
+    wanted_BT = batch["targets"] != IGNORE
+    hidden_BTH, _ = hidden(model, {name: x for name, x in batch.items() if name != "targets"})
+    device = next(turn.linear.parameters()).device
+    hidden_NH, target_N = hidden_BTH[wanted_BT.to(hidden_BTH.device)].to(device), batch["targets"][wanted_BT].to(device)
+    for hidden_nH, target_n in zip(hidden_NH.split(CHUNK), target_N.split(CHUNK), strict=True):
+        logits_nV = turn(hidden_nH)
+        for piece_nV, targets in zip(logits_nV.split(PIECE), target_n.split(PIECE), strict=True):
+            z_nV = _below_zero_(piece_nV.float())
+            yield z_nV, targets, z_nV.exp().sum(1, keepdim=True).log()
+
+
+@dataclass(frozen=True)
 class Distillation:
     """ce_weight * cross-entropy + kl_weight * t^2 KL(teacher || student), means over a batch's targets.
 
@@ -105,7 +167,7 @@ class Distillation:
     temperature: float = 1.0
     ce_weight: float = 1.0
     kl_weight: float = 1.0
-    chunk: int = 128
+    chunk: int = CHUNK
     positions: str = "targets"
 
     def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from sentei import data, importance, masks, structure
 from sentei.distill import Distillation, head
 from sentei.methods import Progress, option
 from sentei.structure import KINDS, Units
-from sentei.train import causal_batch, masked_batch, mix
+from sentei.train import Batch, causal_batch, masked_batch, mix
 
 COMPENSATIONS = ("auto", "none", "mean", "least-squares")
 SHAPES = ("heterogeneous", "uniform", "padded")
@@ -57,12 +57,16 @@ class Run:
 
     def loss(self, model: nn.Module, ids_BT: Tensor, seed: int = 0) -> Tensor:
         """Mean next-token cross-entropy; for encoders that of 15 % masked tokens, chosen by the seed."""
-        if structure.is_causal(model):
+        return Distillation()(model, self.batch(ids_BT, seed))["loss"]
+
+    def batch(self, ids_BT: Tensor, seed: int = 0) -> Batch:
+        """Tokens and what is asked of them, on the model's device."""
+        if structure.is_causal(self.model):
             batch = causal_batch(ids_BT)
         else:  # drawn on the CPU: the same tokens whatever the device
             batch = masked_batch(ids_BT.cpu(), self.tokenizer, seed=mix(self.method.seed, seed))
-        device = next(model.parameters()).device
-        return Distillation()(model, {name: x.to(device) for name, x in batch.items()})["loss"]
+        device = next(self.model.parameters()).device
+        return {name: x.to(device) for name, x in batch.items()}
 
     @torch.no_grad()
     def mean_loss(self, blocks_NT: Tensor, batch_size: int = 8) -> float:

@@ -149,11 +149,11 @@ def _blocks(method: Any, model: Any, tokenizer: Any, text: Any) -> Any:
 def _reward(method: Any, model: Any, tokenizer: Any, block_NT: Any) -> Callable[[], float] | None:
     """One call of the user's reward, on a batch as the search will give it; None where the loss is the reward."""
     values = dataclasses.asdict(method)
-    if values.get("reward", "lm_loss") == "lm_loss":
+    if not (rewarded := values.get("reward")) or method.on_text:
         return None
     from sentei.methods.policy_gradient import reward
 
-    function = reward.Reward(values["reward"])
+    function = reward.Reward(rewarded)
     if values["reward_data"] is None:
         return lambda: function(model, reward.Batch(tokenizer, block_NT.device, input_ids=block_NT))
     rows, _ = reward.examples(values["reward_data"])
@@ -182,7 +182,8 @@ def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, 
         widths = not method.whole and method.shape != "uniform"  # which those levels search over
         sweeps, steps = values["slope_sweeps"] * widths, values["coarse_steps"] * widths + values["steps"]
         searched += 2 * values["coarse_steps"] * widths + values["samples"] * values["steps"]
-        each = 0.5 if values["reward"] == "lm_loss" else 1.0  # from the layer that changes on, if nothing else runs
+        each = 0.5 if method.on_text else 1.0  # from the layer that changes on, if nothing else runs
+        searched += (2 * sweeps + steps) * (values["reward"] == "kl")  # the dense model on the same text
         kinds = len(units.granularity)
         searched += sweeps * (2 + kinds * (each * units.num_layers + len(FAR)))
         searched += (1 + sweeps + steps / values["eval_every"]) * values["eval_samples"] / values["batch_size"]

@@ -12,7 +12,8 @@ moves along a REINFORCE estimate under the parameter budget sum_i w_i s_i <= R. 
    b. slopes of the loss in one fraction after the other, sharing the layers below it   `levels.Slopes`
    c. antithetic Gaussian steps on all fractions at once                                `levels.Widths`
 3. Fine level (the paper's): in each step, K masks m ~ Bernoulli(s) on one batch        `levels.Bits`
-   a. losses L_k of the masked model, baseline d = moving average of their mean
+   a. losses L_k of the masked model (unless asked otherwise, the divergence of its
+      predictions from the dense model's), baseline d = moving average of their mean
    b. phi = (m - s) / sqrt(s (1 - s)),  g = sum_k (L_k - d) phi_k / (K - 1)             `estimate`
    c. s <- project(s - lr g) onto 0 <= s <= 1, sum w s <= R                             `project`
 4. Keep the units with the highest s, exactly to the budget                             `masks.select`
@@ -114,10 +115,11 @@ class PolicyGradient(Structural):
     )
     channel_group: int = option(32, "channels that share one bit in the search over units; 1 in the authors' code")
     reward: str = option(
-        "lm_loss",
-        f"lm_loss (masked tokens for encoders), {', '.join(BUILT_IN)}, or module:function of yours with "
-        "(model, batch) -> float, higher is better",
-        "[ours]",
+        "kl",
+        "what is lowered: kl, the divergence from the dense model on the text; lm_loss, the loss of the text (masked "
+        f"tokens for encoders); or what is raised: {', '.join(BUILT_IN)}, or module:function of yours with "
+        "(model, batch) -> float",
+        "[ours]; lm_loss: authors' code",
     )
     reward_data: str | None = option(None, "JSONL rows given to the reward as batch.examples; a fifth is held out")
     reward_scale: str = option(
@@ -147,7 +149,7 @@ class PolicyGradient(Structural):
             raise ValueError(f"antithetic needs an even number of samples; got {self.samples}")
         if self.reward_scale not in ("auto", "none", "std"):
             raise ValueError(f"reward_scale is auto, none or std; got {self.reward_scale!r}")
-        if self.reward_data is not None and self.reward == "lm_loss":
+        if self.reward_data is not None and self.on_text:
             raise ValueError("reward_data is for a reward function; give reward too, or the text by data")
         whole_numbers = {
             "slope_sweeps": 0, "coarse_steps": 0, "steps": 0, "seq_len": 2, "batch_size": 1, "channel_group": 1,
@@ -192,8 +194,13 @@ class PolicyGradient(Structural):
         return self.granularity.removeprefix(f"{self.whole_units}+")
 
     @property
+    def on_text(self) -> bool:
+        """No function of the user's: the model's own predictions on the text are judged."""
+        return self.reward in ("kl", "lm_loss")
+
+    @property
     def reads_loss(self) -> bool:
-        return self.reward == "lm_loss" or self.init == "taylor"
+        return self.on_text or self.init == "taylor"
 
     @property
     def inits(self) -> tuple[str, ...]:
@@ -204,11 +211,11 @@ class PolicyGradient(Structural):
             return ("block_influence",)
         if not self.compensates:
             return ("wanda",)
-        return ("flap", "wanda") if self.reward == "lm_loss" and self.shape != "uniform" else ("flap",)
+        return ("flap", "wanda") if self.on_text and self.shape != "uniform" else ("flap",)
 
     @property
     def resolved_reward_scale(self) -> str:
-        return ("none" if self.reward == "lm_loss" else "std") if self.reward_scale == "auto" else self.reward_scale
+        return ("none" if self.on_text else "std") if self.reward_scale == "auto" else self.reward_scale
 
     def choose(self, run: Run) -> tuple[Tensor, dict[str, Any]]:
         if processes().num_processes > 1:  # each on a device of its own, where the cut model then stays

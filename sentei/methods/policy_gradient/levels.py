@@ -36,7 +36,7 @@ class Level(Protocol):
     steps: int
     parts: int  # of a step, that a progress bar counts
     forwards: float  # of the whole model, that a step costs
-    evaluate_always: bool
+    judges: bool  # on a batch of its own, what a step proposes; and each step is evaluated
 
     def measure(self, step: int, turn: int) -> list[float]: ...
     def update(self, losses: list[float], step: int) -> dict[str, float]: ...
@@ -125,7 +125,7 @@ class Drops:
     the mask that drops none.
     """
 
-    evaluate_always = True
+    judges = True
 
     def __init__(self, search: Search, allocation: Allocation):
         self.search, self.allocation = search, allocation
@@ -141,6 +141,7 @@ class Drops:
 
     def measure(self, step: int, turn: int) -> list[float]:
         search, allocation = self.search, self.allocation
+        search.ask_dense(turn, -1 - turn)
         dense_U = torch.ones(len(search.units), dtype=torch.bool)
         losses: list[float] = []
         inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(dense_U, turn)))
@@ -211,7 +212,7 @@ class Slopes:
     losses of a few masks on the way decide, staying put among them: slopes are noisy and effects do not quite add up.
     """
 
-    evaluate_always = True
+    judges = True
 
     def __init__(self, search: Search, allocation: Allocation):
         self.search, self.method, self.allocation = search, search.method, allocation
@@ -228,6 +229,7 @@ class Slopes:
     def measure(self, step: int, turn: int) -> list[float]:
         """The batch's loss as it is and with each fraction lowered alone; another batch's, with what is proposed."""
         search, allocation = self.search, self.allocation
+        search.ask_dense(turn, -1 - turn)
         keep_U = self.hard()
         losses: list[float] = []
         inputs = masks.layer_inputs(search.run.model, lambda: losses.append(search.loss(keep_U, turn)))
@@ -290,7 +292,7 @@ class Widths:
     divided by its own running size, so that `coarse_lr` is the typical move whatever the model and the budget.
     """
 
-    evaluate_always = False
+    judges = False
     parts = 1
 
     def __init__(self, search: Search, allocation: Allocation):
@@ -310,6 +312,7 @@ class Widths:
         return [allocation.keep(allocation.within_budget(allocation.fraction_P + sign * shift_P)) for sign in (1, -1)]
 
     def measure(self, step: int, turn: int) -> list[float]:
+        self.search.ask_dense(turn)
         return [self.search.loss(keep_U, turn) for keep_U in self.sample(step)]
 
     def update(self, losses: list[float], step: int) -> dict[str, float]:
@@ -335,7 +338,7 @@ class Widths:
 class Bits:
     """Fine level, the paper's: a keep-probability per unit, or per run of `channel_group` like channels."""
 
-    evaluate_always = False
+    judges = False
     parts = 1
 
     def __init__(self, search: Search, allocation: Allocation | None):
@@ -436,6 +439,7 @@ class Bits:
         return u < self.s
 
     def measure(self, step: int, turn: int) -> list[float]:
+        self.search.ask_dense(turn)
         return [self.search.loss(bits_U, turn) for bits_U in self._bits(step)[:, self.bit_U]]
 
     def update(self, losses: list[float], step: int) -> dict[str, float]:

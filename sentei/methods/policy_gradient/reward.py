@@ -82,7 +82,7 @@ class Reward:
 def _find(name: str) -> Callable[[nn.Module, Batch], Any]:
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"reward is lm_loss, {', '.join(BUILT_IN)} or module:function of yours; got {name!r}")
+        raise ValueError(f"reward is kl, lm_loss, {', '.join(BUILT_IN)} or module:function of yours; got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # the user's own file, beside the command

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sentei import importance, masks
 from sentei.atomic import replacing
+from sentei.distill import Likeliest, divergence, likeliest
 from sentei.methods import settings
 from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops, Level, Slopes, Widths
 from sentei.methods.policy_gradient.reward import Batch, Reward, examples
@@ -47,7 +48,8 @@ class Search:
         if self.ranks > 1 and len({weight.device for weight in run.model.parameters()}) > 1:
             raise ValueError("a model over several devices is searched by one process; start it without accelerate")
         self.remove = masks.removal_target(run.units, method.sparsity)
-        self.reward = None if method.reward == "lm_loss" else Reward(method.reward)
+        self.reward = None if method.on_text else Reward(method.reward)
+        self.dense: dict[int, Likeliest] = {}  # what the dense model says of the batches of the step under way
         self._read_data()
         # Minutes of calibration: after what may be refused.
         metrics = {init: self._shared(self._initial_metric(init)) for init in method.inits}
@@ -57,6 +59,7 @@ class Search:
             self.fill = {key: self._shared(fill_W) for key, fill_W in run.fill.items()}
         self.history: list[dict[str, Any]] = []
         self.log = StepLog(None if self.rank else method.log)
+        self.held_perplexity: dict[str, float] = {}  # of the mask that was judged last, where text judges
         self.ticked, self.ticks = 0, 1  # what a progress bar has behind it when a level begins, and all there is
         self.numbers: dict[str, Any] = {
             "level": 0, "step": 0, "forwards": 0, "skipped": 0, "ties": 0, "evaluations": 0, "held_forwards": 0,
@@ -108,7 +111,8 @@ class Search:
     def account(self) -> dict[str, Any]:
         """What the record says of the search."""
         names = (
-            "start_loss", "best_loss", "best_step", "forwards", "evaluations", "held_forwards", "skipped", "ties",
+            "start_loss", "best_loss", "best_step", "start_perplexity", "best_perplexity", "forwards", "evaluations",
+            "held_forwards", "skipped", "ties",
         )  # fmt: skip
         found = {name: self.numbers.get(name) for name in names}
         found |= {"init": self.init, "improved": bool(found["best_step"]), "processes": self.ranks}
@@ -179,8 +183,9 @@ class Search:
         record["loss"] = sum(finite) / len(finite) if finite else math.nan
         record |= level.update(losses, step)
         numbers["step"] = step + 1
-        if step + 1 == level.steps or (step + 1) % self.method.eval_every == 0 or level.evaluate_always:
+        if step + 1 == level.steps or (step + 1) % self.method.eval_every == 0 or level.judges:
             record["held_loss"] = self._evaluate(level.hard(), turn + 1)
+            record |= self.held_perplexity
         record["seconds"] = time.monotonic() - began
         record = _without_nan(record)
         self.history.append(record)
@@ -196,7 +201,8 @@ class Search:
     def _in_words(self, record: dict[str, Any]) -> str:
         """Of a step: loss, baseline, parameters kept, best held-out loss, samples skipped."""
         numbers, units = self.numbers, self.units
-        words = ["loss not finite" if record["loss"] is None else f"loss {record['loss']:.3f}"]
+        name = "divergence" if self.method.reward == "kl" else "loss"
+        words = [f"{name} not finite" if record["loss"] is None else f"{name} {record['loss']:.3f}"]
         if record.get("baseline") is not None:
             words.append(f"baseline {record['baseline']:.3f}")
         words.append(f"best held-out {numbers['best_loss']:.3f}")
@@ -235,7 +241,22 @@ class Search:
         if self.reward is not None:
             return self._reward_loss(keep_U, self._of_step(self.rows or self.batches, step))
         with masks.sliced(self.run.model, self.units, keep_U, self.fill):
+            if self.method.reward == "kl":
+                return float(divergence(self.run.model, self.run.batch(self.batch(step), step), self.dense[step])["kl"])
             return float(self.run.loss(self.run.model, self.batch(step), step))
+
+    def ask_dense(self, *steps: int) -> None:
+        """Let the dense model say its word on the batches of these steps, before a level masks anything on them."""
+        if self.method.reward == "kl":
+            self.dense = {step: likeliest(self.run.model, self.run.batch(self.batch(step), step)) for step in {*steps}}
+            self.numbers["forwards"] += len(self.dense)
+
+    @cached_property
+    def _held_batches(self) -> list[tuple[Any, Likeliest]]:
+        """This process's share of the held-out text, and what the dense model says of it."""
+        blocks = self.held[self.rank :: self.ranks].split(self.method.batch_size)
+        batches = [self.run.batch(ids_BT, number) for number, ids_BT in enumerate(blocks)]
+        return [(batch, likeliest(self.run.model, batch)) for batch in batches]
 
     def from_layer(self, layer: int, inputs: list[Tensor]) -> AbstractContextManager[None]:
         """Forwards inside start at a layer, if `inputs` (`masks.layer_inputs`) can stand for the ones below.
@@ -281,12 +302,14 @@ class Search:
     def _evaluate(self, keep_U: Tensor, step: int) -> float:
         loss = self._held_loss(keep_U)
         self.numbers["evaluations"] += 1
+        perplexity = self.held_perplexity.get("held_perplexity")
         if "best_loss" not in self.numbers:
+            self.numbers["start_perplexity"] = perplexity
             if not math.isfinite(loss):
                 raise ValueError(f"{self._not_finite()} for the start, on what is held out: {self._advice()}")
             self.numbers["best_loss"] = math.inf
         if loss < self.numbers["best_loss"]:
-            self.numbers |= {"best_loss": loss, "best_step": step}
+            self.numbers |= {"best_loss": loss, "best_step": step, "best_perplexity": perplexity}
             self.best["keep"] = keep_U
         return loss
 
@@ -294,15 +317,24 @@ class Search:
         """Of the held-out text or rows: the mean over processes, each of which takes its share."""
         held = self.held_rows if self.method.reward_data is not None else self.held
         self.numbers["held_forwards"] += math.ceil(len(held) / self.method.batch_size)
-        mine = held[self.rank :: self.ranks]
+        mine, sums = held[self.rank :: self.ranks], torch.zeros(2, dtype=torch.double)  # what is lowered; the loss
         if self.reward is not None:
             size = self.method.batch_size
-            batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-            loss = sum(self._reward_loss(keep_U, batch) * len(batch) for batch in batches) / len(mine)
+            for start in range(0, len(mine), size):
+                batch = mine[start : start + size]
+                sums[0] += self._reward_loss(keep_U, batch) * len(batch)
+        elif self.method.reward == "kl":
+            batches = self._held_batches
+            with masks.sliced(self.run.model, self.units, keep_U, self.fill):
+                for batch, dense in batches:
+                    found = divergence(self.run.model, batch, dense)
+                    sums += torch.stack([found["kl"], found["ce"]]).double().cpu() * len(batch["input_ids"])
         else:
             with masks.sliced(self.run.model, self.units, keep_U, self.fill):
-                loss = self.run.mean_loss(mine)
-        return self.mean(torch.tensor([loss], dtype=torch.double)).item()
+                sums += self.run.mean_loss(self.held[self.rank :: self.ranks]) * len(mine)
+        lowered, loss = self.mean(sums / len(mine)).tolist()
+        self.held_perplexity = {} if self.reward else {"held_perplexity": math.exp(min(loss, 50))}
+        return lowered
 
     def _initial_metric(self, init: str) -> Tensor:
         """[U] float64, higher is better: the order inside a layer, and the start of s."""
