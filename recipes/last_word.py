@@ -1,7 +1,11 @@
 """A reward of one's own: how probable a model finds the last word of a passage.
 
-`python recipes/last_word.py` writes what recipes/policy-gradient-task.yaml reads: the passages of LAMBADA (its test
-part as OpenAI published it) from the 1,001st on. The first 1,000 judge the result and are not among them.
+    python recipes/last_word.py
+    sentei compress smollm2 --method policy_gradient --reward recipes.last_word:last_word \\
+        --reward-data runs/lambada-from-1000.jsonl --data runs/lambada-from-1000.jsonl --out small
+
+The first line writes the passages of LAMBADA (its test part as OpenAI published it) from the 1,001st on; the first
+1,000, which lm-eval asks with `--limit 1000`, are not among them.
 """
 
 from __future__ import annotations

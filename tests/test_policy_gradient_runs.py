@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
 from sentei import data, structure
+from sentei.data.prompts import Template, make_row
 from sentei.methods.policy_gradient import PolicyGradient, reward, search
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away into woods "
@@ -516,20 +517,29 @@ def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, c
     tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "parent")
     word_tokenizer().save_pretrained(tmp_path / "parent")
     (tmp_path / "runs").mkdir()
-    rows = [{"text": f"{i} {WORDS}"} for i in range(400)]
-    (tmp_path / "runs" / "lambada-from-1000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.syspath_prepend(root)
+    from recipes import sentiment
+
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"{i} {WORDS}\t{i % 2}\n" for i in range(800)))
+    (tmp_path / "dev.tsv").write_text("sentence\tlabel\nnot bad\t1\n")
+    monkeypatch.setattr(sentiment, "SENTENCES", tmp_path)
+    monkeypatch.setattr(sentiment, "TUNED_ON", 400)
+    monkeypatch.chdir(tmp_path)
+    sentiment.main()
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "sentiment-judge.jsonl").read_text().splitlines()]
+    assert rows[0]["answer"] == 1 and rows[0]["text"].endswith("Answer: positive")
+    made = Template(word_tokenizer()).parts(make_row(rows[0], "here"))  # what the model is tuned on
+    assert rows[0]["text"] == made.head + made.body + made.tail + made.response
     recipe = (root / "recipes" / "policy-gradient-task.yaml").read_text().replace("model: smollm2", "model: parent")
     (tmp_path / "recipe.yaml").write_text(recipe.partition("evaluate:")[0])  # on data that may not be here
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(root)
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
-    assert "reward: recipes.last_word:last_word\n" in for_task and "reward: lm_loss\n" in for_loss
-    same = ("model: parent\n", "sparsity: 0.3\n", "slope_sweeps: 3\n", "granularity: channels\n")
+    assert "reward: choice_probability\n" in for_task and "reward: lm_loss\n" in for_loss
+    same = ("sparsity: 0.3\n", "slope_sweeps: 2\n", "granularity: sublayers+channels\n")
     assert all(line in stage for line in same for stage in (for_task, for_loss))
 
 
-def test_the_recipe_s_own_reward(monkeypatch):
+def test_the_example_of_a_reward_of_one_s_own(monkeypatch):
     """The probability of each passage's last word, of one token or more, one by one and without padding."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
     model, tokenizer = tiny_model("llama").eval(), word_tokenizer()
