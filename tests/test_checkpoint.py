@@ -182,9 +182,8 @@ def test_removed_sub_layers(family, parent, tokenizer):
     cut(model, "sublayers", lambda layer, kind, index: (layer, index) in {(0, 0), (1, 0), (2, 1), (3, 0), (3, 1)})
     loaded, _ = checkpoint.load(save(model, tokenizer, folder))
     assert_same(model, loaded)
-    assert [size.skip for size in structure.sizes(loaded)] == [
-        ("attention",), ("attention",), ("mlp",), ("attention", "mlp"),
-    ]  # fmt: skip
+    # Of layer 3 nothing is left, so that it leaves the list.
+    assert [size.skip for size in structure.sizes(loaded)] == [("attention",), ("attention",), ("mlp",)]
     assert structure.total_parameters(loaded) == structure.total_parameters(model)
     assert_generates_alike(loaded)
     padded, _ = checkpoint.load(save(model, tokenizer, folder, shape="padded", name="padded"))
@@ -385,7 +384,7 @@ def test_save_reloads_in_a_fresh_process_and_accounts(tmp_path, parent, tokenize
 def test_a_16_bit_model_whose_embeddings_are_scaled(tmp_path, parent, tokenizer, family):
     """The factor sqrt(24) is another number in bfloat16."""
     folder = parent(tiny_model(family).to(torch.bfloat16))
-    model, _ = checkpoint.load(folder)
+    model, _ = checkpoint.load(folder, dtype="bfloat16")  # auto computes in fp32 where bf16 is slow
     assert model.model.embed_tokens.embed_scale.item() == 4.90625 and model.dtype == torch.bfloat16
     cut(model, "heads+channels", uneven)
     out = checkpoint.save(model, tokenizer, tmp_path / "small", parent=folder, record=STAGE)
