@@ -364,7 +364,9 @@ def test_plan_counts_the_forwards(parent):
     assert "; 8 of them: about" in refit["time"]  # three, the refit's three, one and a half to correct it
     widths = {"method": "policy_gradient", **TINY, "seq_len": 16, "batch_size": 4, "compensate": "none", "steps": 4}
     widths |= {"eval_samples": 4, "coarse_steps": 50, "slope_sweeps": 3, "shape": "uniform"}
-    assert "; 11 of them: about" in recipe.plan(parent, **widths)["time"]  # 2 of Wanda, 2 x 4, 1.4 evaluations
+    # 2 of Wanda, 2 x 4, the dense model's 4, 1.4 evaluations
+    assert "; 15 of them: about" in recipe.plan(parent, **widths)["time"]
+    assert "; 11 of them: about" in recipe.plan(parent, reward="lm_loss", **widths)["time"]
     assert "calibration needs about 1 MB more; a backward pass comes on top" in refit["memory"]
 
 
