@@ -28,6 +28,7 @@ from sentei.methods.policy_gradient.levels import Allocation, Bits, Drops, Level
 from sentei.methods.policy_gradient.reward import Batch, Reward, examples
 from sentei.methods.structural import Run
 from sentei.step_log import StepLog
+from sentei.train import Batch as TokenBatch
 from sentei.train import mix, processes, weights_digest
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Search:
             raise ValueError("a model over several devices is searched by one process; start it without accelerate")
         self.remove = masks.removal_target(run.units, method.sparsity)
         self.reward = None if method.on_text else Reward(method.reward)
-        self.dense: dict[int, Likeliest] = {}  # what the dense model says of the batches of the step under way
+        # The batches of the step under way, and what the dense model says of them.
+        self.dense: dict[int, tuple[TokenBatch, Likeliest]] = {}
         self._read_data()
         # Minutes of calibration: after what may be refused.
         metrics = {init: self._shared(self._initial_metric(init)) for init in method.inits}
@@ -242,21 +244,24 @@ class Search:
             return self._reward_loss(keep_U, self._of_step(self.rows or self.batches, step))
         with masks.sliced(self.run.model, self.units, keep_U, self.fill):
             if self.method.reward == "kl":
-                return float(divergence(self.run.model, self.run.batch(self.batch(step), step), self.dense[step])["kl"])
+                return float(divergence(self.run.model, *self.dense[step])["kl"])
             return float(self.run.loss(self.run.model, self.batch(step), step))
 
     def ask_dense(self, *steps: int) -> None:
         """Let the dense model say its word on the batches of these steps, before a level masks anything on them."""
         if self.method.reward == "kl":
-            self.dense = {step: likeliest(self.run.model, self.run.batch(self.batch(step), step)) for step in {*steps}}
+            self.dense = {step: self._asked(self.batch(step), step) for step in {*steps}}
             self.numbers["forwards"] += len(self.dense)
 
     @cached_property
-    def _held_batches(self) -> list[tuple[Any, Likeliest]]:
+    def _held_batches(self) -> list[tuple[TokenBatch, Likeliest]]:
         """This process's share of the held-out text, and what the dense model says of it."""
         blocks = self.held[self.rank :: self.ranks].split(self.method.batch_size)
-        batches = [self.run.batch(ids_BT, number) for number, ids_BT in enumerate(blocks)]
-        return [(batch, likeliest(self.run.model, batch)) for batch in batches]
+        return [self._asked(ids_BT, number) for number, ids_BT in enumerate(blocks)]
+
+    def _asked(self, ids_BT: Tensor, seed: int) -> tuple[TokenBatch, Likeliest]:
+        batch = self.run.batch(ids_BT, seed)
+        return batch, likeliest(self.run.model, batch)
 
     def from_layer(self, layer: int, inputs: list[Tensor]) -> AbstractContextManager[None]:
         """Forwards inside start at a layer, if `inputs` (`masks.layer_inputs`) can stand for the ones below.
