@@ -256,6 +256,8 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     "prune_peft at B, as planned": searched(planned=True),
     "ladder of ranks at B, as planned": searched(planned=True, lora_r=None),
     "random removal of ranks at B": searched(planned=True, lora_r=None, assignment="random"),
+    "LoRA ranks alone at B, as planned": searched(planned=True, lora_r=None, kinds=("lora",)),
+    "random removal of LoRA ranks at B": searched(planned=True, lora_r=None, kinds=("lora",), assignment="random"),
     **{f"{criterion} alone, ranks at B": searched(lora_r=None, assignment=criterion) for criterion in CRITERIA},
     "equal, ranks at B": searched(lora_r=None, assignment="equal"),
     "paper's table, ranks at B": searched(lora_r=None, assignment="paper"),

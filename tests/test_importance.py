@@ -116,22 +116,30 @@ def test_mean_bias_equals_mean_fill(any_model, tokens):
     torch.testing.assert_close(logits(model, tokens), expected, atol=1e-5, rtol=1e-5)
 
 
+def linear_of(weight):
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype).requires_grad_(False)
+    linear.weight.copy_(weight)
+    return linear
+
+
 def test_solve_matches_direct_least_squares():
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(6, 6, generator=generator).double()
     x = torch.randn(200, 6, generator=generator).double() @ mixing + 0.5
     weight = torch.randn(3, 6, generator=generator).double()
     kept = torch.tensor([True, True, False, True, True, False])
-    seen = compensation.SecondMoments(6)
-    seen(x)
-    new, shift = compensation._solve(weight, kept, seen, 0.0, True)
+    linear = linear_of(weight)
+    reading = compensation._Reading(linear, torch.tensor([2, 5]), None)
+    reading(x)
+    shift = reading.solve(0.0, True)
     design = torch.cat([x[:, kept], torch.ones(200, 1).double()], 1)
     expected = torch.linalg.lstsq(design, x @ weight.T).solution.T
-    torch.testing.assert_close(new[:, kept], expected[:, :4], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(linear.weight[:, kept], expected[:, :4], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(shift, expected[:, 4], atol=1e-4, rtol=1e-4)
-    assert not new[:, ~kept].any()
-    held, mean = compensation._solve(weight, kept, seen, 1e9, True)  # all pull, no fit: the mean alone
-    torch.testing.assert_close(held[:, kept], weight[:, kept], atol=1e-5, rtol=1e-5)
+    assert not linear.weight[:, ~kept].any()
+    reading.linear = linear_of(weight)
+    mean = reading.solve(1e9, True)  # all pull, no fit: the mean alone
+    torch.testing.assert_close(reading.linear.weight[:, kept], weight[:, kept], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mean, weight[:, ~kept] @ x[:, ~kept].mean(0), atol=1e-4, rtol=1e-4)
 
 
@@ -166,16 +174,26 @@ def test_a_correction_by_least_squares():
     x = torch.randn(200, 3, generator=random, dtype=torch.double).float()
     error = (5 * x[:, :1] - x[:, 2:] + 7).expand(200, 2)
     weight = torch.randn(2, 3, generator=random)
-    kept = torch.tensor([True, True, False])
-    seen = compensation.SecondMoments(3, lambda tokens: 0.5 * error[tokens])
-    seen(x[:120])
-    seen(x[120:])
-    found, shift = compensation._solve(weight, kept, seen, 1e-12, True)
+    linear = linear_of(weight)
+    reading = compensation._Reading(linear, torch.tensor([2]), lambda tokens: 0.5 * error[tokens])
+    reading(x[:120])
+    reading(x[120:])
+    shift = reading.solve(1e-12, True)
     target = x @ weight.T + 0.5 * error
     wanted = torch.linalg.lstsq(torch.cat([x[:, :2], torch.ones(200, 1)], 1), target).solution
-    torch.testing.assert_close(found[:, :2].float(), wanted[:2].T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.weight[:, :2], wanted[:2].T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(shift.float(), wanted[2], rtol=1e-4, atol=1e-4)
-    assert not found[:, 2].any()
+    assert not linear.weight[:, 2].any()
+
+
+def test_second_moments_of_a_wide_linear_are_whole():
+    x = torch.randn(64, 900, generator=torch.Generator().manual_seed(0))
+    seen = compensation.SecondMoments(900)
+    seen(x[:40])
+    seen(x[40:])
+    covariance, _, mean, _ = seen.normal_equations(torch.zeros(1, 900, dtype=torch.double), with_bias=True)
+    torch.testing.assert_close(covariance.float(), torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mean.float(), x.mean(0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])

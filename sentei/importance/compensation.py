@@ -67,7 +67,9 @@ class SecondMoments:
             self.ex = self.ex + (error_TH.T @ x_TW).double().cpu()
             self.e = self.e + error_TH.sum(0).double().cpu()
         self.count += len(x_TW)
-        self.xx += (x_TW.T @ x_TW).double().cpu()
+        for start in range(0, len(self.x), 384):  # the upper half; the lower one is its mirror
+            part = slice(start, start + 384)
+            self.xx[part, start:] += (x_TW[:, part].T @ x_TW[:, start:]).double().cpu()
         self.x += x_TW.sum(0).double().cpu()
 
     def normal_equations(self, old_HW: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,7 +83,7 @@ class SecondMoments:
             (covariance, wanted, mean, wanted_mean).
         """
         mean_W = self.x / self.count * with_bias
-        covariance = self.xx / self.count - torch.outer(mean_W, mean_W)
+        covariance = (self.xx.triu() + self.xx.triu(1).T) / self.count - torch.outer(mean_W, mean_W)
         wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W
         if self.error is not None:
             mean_H = self.e / self.count
@@ -144,12 +146,9 @@ def refit(
                 def lack(of: slice, kind: str = kind, there: dict[str, Tensor] = streams) -> Tensor:
                     return correction * (there[kind][of] - now[kind])
 
-                seen = SecondMoments(linear.in_features, lack if streams else None)
-                replay.watch(number, {kind: seen}, now if streams else None)
-                kept_W = torch.ones(linear.in_features, dtype=torch.bool)
-                kept_W[dropped_K] = False
-                weight_HW, shift_H = _solve(linear.weight, kept_W, seen, ridge, with_bias)
-                linear.weight.copy_(weight_HW)
+                reading = _Reading(linear, dropped_K, lack if streams else None)
+                replay.watch(number, {kind: reading}, now if streams else None)
+                shift_H = reading.solve(ridge, with_bias)
                 if with_bias:
                     bias[number, kind] = shift_H.to(linear.weight)
                     add = lambda module, x, y, shift=bias[number, kind]: y + shift  # noqa: E731
@@ -175,17 +174,33 @@ def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
         )
 
 
-def _solve(
-    weight_HW: Tensor, kept_W: Tensor, seen: SecondMoments, ridge: float, with_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """The refitted weight, zero in dropped columns, and the bias that goes with it."""
-    old_HW = weight_HW.double().cpu()
-    covariance, wanted_HW, mean_W, wanted_H = seen.normal_equations(old_HW, with_bias)
-    inside = covariance[kept_W][:, kept_W]
-    new_HW = torch.zeros_like(old_HW)
-    if kept_W.any():
-        damping = max(ridge, 1e-9) * inside.diagonal().mean().clamp_min(1e-12)
-        left = inside + damping * torch.eye(len(inside), dtype=torch.double)
-        right = wanted_HW[:, kept_W] + damping * old_HW[:, kept_W]
-        new_HW[:, kept_W] = torch.linalg.solve(left, right.T).T
-    return new_HW, wanted_H - new_HW @ mean_W
+class _Reading:
+    """A linear that is to read its kept inputs alone: what they know of all that it gave, and of what it lacks."""
+
+    def __init__(self, linear: nn.Linear, dropped_D: Tensor, lack: Callable[[slice], Tensor] | None):
+        self.linear, self.dropped_D, self.lack = linear, dropped_D.to(linear.weight.device), lack
+        kept_W = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
+        kept_W[self.dropped_D] = False
+        self.kept_K = kept_W.nonzero().flatten()
+        self.given_TH = torch.zeros(())
+        self.seen = SecondMoments(len(self.kept_K), self._missing)
+
+    def __call__(self, x_TW: Tensor) -> None:
+        self.given_TH = x_TW[:, self.dropped_D].float() @ self.linear.weight[:, self.dropped_D].float().T
+        self.seen(x_TW[:, self.kept_K])
+
+    def _missing(self, of: slice) -> Tensor:
+        return self.given_TH if self.lack is None else self.given_TH + self.lack(of)
+
+    def solve(self, ridge: float, with_bias: bool) -> Tensor:
+        """Refit the weight in place, zero in dropped columns; returns the bias [H] that goes with it."""
+        old_HK = self.linear.weight[:, self.kept_K].double().cpu()
+        covariance, wanted_HK, mean_K, wanted_H = self.seen.normal_equations(old_HK, with_bias)
+        new_HK = old_HK
+        if len(self.kept_K):
+            damping = max(ridge, 1e-9) * covariance.diagonal().mean().clamp_min(1e-12)
+            left = covariance + damping * torch.eye(len(covariance), dtype=torch.double)
+            new_HK = torch.linalg.solve(left, (wanted_HK + damping * old_HK).T).T
+        self.linear.weight[:, self.dropped_D] = 0.0
+        self.linear.weight[:, self.kept_K] = new_HK.to(self.linear.weight)
+        return wanted_H - new_HK @ mean_K
