@@ -29,6 +29,7 @@ from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 
 SEARCH = PolicyGradient(granularity="channels", compensate="mean", reward="lm_loss")
+BY_DIVERGENCE = "+ searched by the divergence, not the loss"
 INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
     "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
     "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
@@ -38,7 +39,8 @@ INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, 
     "+ refit on 32,768 tokens": ("flap", True, "least-squares", 256, 0.0),
     "+ 0.3 of the layers' errors made good": ("flap", True, "least-squares", 256, 0.3),  # not in every model
     "+ FLAP's or Wanda's order, by measuring": ("auto", True, "least-squares", 256, 0.3),
-    "+ searched by the divergence, not the loss": ("auto", True, "least-squares", 256, 0.3),
+    BY_DIVERGENCE: ("auto", True, "least-squares", 256, 0.3),
+    "+ refit on 131,072 tokens": ("auto", True, "least-squares", 1024, 0.3),
 }
 PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
 
@@ -105,7 +107,8 @@ def how(name: str) -> tuple[Any, tuple[str, ...], str]:
                 calibration_samples=blocks,
             )
             return equal, (compensation,), f"{init} order, equal widths"
-        reward = "kl" if "divergence" in name else SEARCH.reward
+        of_the_divergence = list(INGREDIENTS).index(name) >= list(INGREDIENTS).index(BY_DIVERGENCE)
+        reward = "kl" if of_the_divergence else SEARCH.reward
         method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks, reward=reward)
         return method, (compensation,), f"{init} order, searched by {reward}"
     method, compensations, _ = ROWS[name]
@@ -148,7 +151,9 @@ def markdown(table: dict[str, Any]) -> str:
                 lines.append([f"{sparsity:.0%}", name, *cells])
         found = [against_peers(table, sparsity, healed).get(text) for healed, _ in sides for text in texts]
         if any(found):
-            cells = [f"{each[0] / each[1]:.2f}" if each else "" for each in found] + [""] * (len(columns) - len(found))
+            cells = [f"{statistics.mean(each[0]) / each[1]:.2f}" if each else "" for each in found] + [""] * (
+                len(columns) - len(found)
+            )
             lines.append([f"{sparsity:.0%}", "all ingredients / best peer", *cells])
     return shown(told, ["removed of layers", "row", *columns], lines)
 
@@ -162,8 +167,10 @@ def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity")
     return groups
 
 
-def against_peers(table: dict[str, Any], sparsity: float, healed: bool = False) -> dict[str, tuple[float, float, str]]:
-    """Text -> (mean of the row with most ingredients, mean of the best peer, its name), and "zero-shot" where asked.
+def against_peers(
+    table: dict[str, Any], sparsity: float, healed: bool = False
+) -> dict[str, tuple[list[float], float, str]]:
+    """Text -> (seeds of the row with most ingredients, mean of the best peer, its name); "zero-shot" where asked.
 
     Empty if one is missing.
     """
@@ -174,13 +181,13 @@ def against_peers(table: dict[str, Any], sparsity: float, healed: bool = False) 
         return {}
     found = {}
     for text in ("WikiText-2", *table["texts"]):
-        means = {each: statistics.mean(row[text] for row in groups[each]) for each in (*ours, *peers)}
+        means = {each: statistics.mean(row[text] for row in groups[each]) for each in peers}
         best = min(peers, key=lambda each: means[each])
-        found[text] = means[ours[0]], means[best], best[1]
+        found[text] = [row[text] for row in groups[ours[0]]], means[best], best[1]
     asked = [each for each in peers if each in scores]
     if asked and ours[0] in scores:
         best = max(asked, key=lambda each: statistics.mean(scores[each]))
-        found["zero-shot"] = statistics.mean(scores[ours[0]]), statistics.mean(scores[best]), best[1]
+        found["zero-shot"] = scores[ours[0]], statistics.mean(scores[best]), best[1]
     return found
 
 

@@ -262,8 +262,13 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     "equal, ranks at B": searched(lora_r=None, assignment="equal"),
     "paper's table, ranks at B": searched(lora_r=None, assignment="paper"),
     "warm-up, ranks at B": searched(lora_r=None, assignment="warmup"),
-    "prune_peft, LoRA only at B": searched(kinds=("lora",)),
-    "prune_peft, adapters only at B": searched(kinds=("adapter",)),
+    "whole LoRA units alone at B": searched(kinds=("lora",)),
+    "random removal of whole LoRA units at B": searched(kinds=("lora",), assignment="random"),
+    **{
+        f"{criterion} alone, whole LoRA units at B": searched(kinds=("lora",), assignment=criterion)
+        for criterion in CRITERIA
+    },
+    "whole adapters alone at B": searched(kinds=("adapter",)),
 }
 
 

@@ -38,7 +38,7 @@ def main() -> None:
             "demo": demo,
             "peers-smollm2": best,
             "peers-smollm2-mha": best,
-            "ingredients-smollm2-divergence": against_peers_in_bf16,
+            "ingredients-smollm2-bf16": against_peers,
             "ingredients-gemma-3-270m": against_peers,
             "fold-smollm2": best_depth,
             "fold-gemma-3-270m": best_depth,
@@ -52,7 +52,6 @@ def main() -> None:
             "demo": demo,
             "peers-smollm2": peers,
             "peers-smollm2-mha": peers,
-            "ingredients-smollm2-divergence": parts_of_the_search,
             "ingredients-smollm2-bf16": parts_of_the_search,
             "ingredients-smollm2": parts_of_the_search,
             "ingredients-gemma-3-270m": parts_of_the_search,
@@ -146,20 +145,13 @@ def against_peers(table: dict[str, Any]) -> str:
             cells = []
             for text, (ours, peer, name) in found.items():
                 if text == "zero-shot":
-                    cells.append(f"{ours:.3f}, {peer:.3f} ({name})")
+                    cells.append(f"{spread(ours, 3)}, {peer:.3f} ({name})")
                     columns = ["removed of layers", *texts, "zero-shot"]
                 else:
-                    cells.append(f"{ours:.1f}, {peer:.1f} ({name}): {ours / peer:.2f}")
+                    cells.append(f"{spread(ours)}, {peer:.1f} ({name}): **{statistics.mean(ours) / peer:.2f}**")
             if cells:
                 lines.append([f"{sparsity:.0%}{', healed alike' if healed else ''}", *cells])
     return shown(title, columns, lines)
-
-
-def against_peers_in_bf16(table: dict[str, Any]) -> str:
-    """The same with the peers of the table in bf16, which this one in float32 does not have."""
-    peers = json.loads((ROOT / "results" / "ingredients-smollm2-bf16.json").read_text(encoding="utf-8"))
-    rows = table["rows"] + [row for row in peers["rows"] if row["row"] in ingredients.PEERS]
-    return against_peers(table | {"rows": rows, "model": f"{table['model']} (ours in float32, peers in bfloat16)"})
 
 
 def best_depth(table: dict[str, Any]) -> str:
@@ -274,11 +266,12 @@ def search(result: dict[str, Any]) -> str:
     memory = result["memory"]
     title = (
         f"**What the search costs**, {result['model']}, as ratios to the dense forward of the same round "
-        f"({result['machine']}). Steps along random directions and sweeps of slopes, the default, are counted per mask "
-        f"that they try. Peak memory of the search is {memory['ratio']:.2f}x that of inference with the same batch "
+        f"({result['machine']}). Steps along random directions, led by the loss or by the divergence (kl), and sweeps "
+        "of slopes of the divergence, the default, are counted per mask that they try. Peak memory of the search is "
+        f"{memory['ratio']:.2f}x that of inference with the same batch "
         f"({memory['least']:.2f} to {memory['most']:.2f} in {len(memory['peak_mb']['search'])} pairs of processes)."
     )
-    ways = ("masked", "sliced", "step", "sweep")
+    ways = ("masked", "sliced", "step", "step, kl", "sweep")
     columns = ["tokens", "removed", "ideal", *(f"{way} (of ideal)" for way in ways)]
     lines: dict[tuple[int, float], list[str]] = {}
     for row in result["time"]:

@@ -6,8 +6,9 @@
 
 Time, each as a ratio to the dense forward of the same round, next to the ideal (floating-point operations of what is
 kept, LM head included): "masked" and "sliced" are the forward of one batch under the mask that a step samples, with the
-means of dropped channels filled in; "step" is a whole step along random directions, sampling and update included, and
-"sweep" one of slopes, the default, each per sampled mask. Memory: peak resident set of a process that loads the model
+means of dropped channels filled in; "step" is a whole step along random directions, sampling and update included, led
+by the loss, "step, kl" one led by the divergence, for which the dense model is asked too, and "sweep" one of slopes of
+the divergence, the default; each per sampled mask. Memory: peak resident set of a process that loads the model
 and runs the forward of one batch, and of one that searches with that batch, several of each. With --processes the time
 of as many sampled masks by one process and by several (gloo, one thread each) is measured instead; with --scaling a
 step of random Llama models of several widths and batches, which should take as long as their parameters, LM head
@@ -97,20 +98,21 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, tokenizer = loaded(args)
     text, head, rows = data.load(args.data), model.get_output_embeddings().weight.numel(), []
     for batch in args.batches:
-        levels: dict[float, Widths] = {}
+        levels: dict[float, dict[str, Widths]] = {}
         taken: dict[Any, list[float]] = {}
         with torch.inference_mode():
             for sparsity in SPARSITIES:
                 fields = {"sparsity": sparsity, "batch_size": batch, "coarse_steps": args.rounds + 1}
-                levels[sparsity] = level_of(model, tokenizer, text, **fields)
+                rewards = ("lm_loss", "kl")
+                levels[sparsity] = {of: level_of(model, tokenizer, text, reward=of, **fields) for of in rewards}
             for turn in range(args.rounds + 1):  # the first round warms up
-                for sparsity, level in levels.items():
-                    for way, seconds in one_round(level, turn, dense=sparsity == SPARSITIES[0]).items():
+                for sparsity, of in levels.items():
+                    for way, seconds in one_round(of, turn, dense=sparsity == SPARSITIES[0]).items():
                         taken.setdefault((way, sparsity), []).append(seconds)
         dense = taken.pop(("dense", SPARSITIES[0]))
         for (way, sparsity), seconds in taken.items():
             ratios = [a / b for a, b in zip(seconds[1:], dense[1:], strict=True)]
-            search = levels[sparsity].search
+            search = levels[sparsity]["kl"].search
             whole = search.units.layer_parameters + head
             ideal = (whole - search.remove) / whole
             rows.append(
@@ -124,12 +126,13 @@ def times(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def one_round(level: Widths, turn: int, dense: bool) -> dict[str, float]:
-    """Seconds of a forward in each way, and of a step for each of its two masks."""
+def one_round(levels: dict[str, Widths], turn: int, dense: bool) -> dict[str, float]:
+    """Seconds of a forward in each way, and of a step for each of its masks."""
     from sentei import masks
     from sentei.methods.policy_gradient.levels import Slopes
 
-    search, keep_U = level.search, level.sample(turn)[0]
+    by_loss, by_kl = levels["lm_loss"], levels["kl"]
+    search, keep_U = by_loss.search, by_loss.sample(turn)[0]
     model, ids = search.run.model, search.batch(turn)
     ways = {"dense": nullcontext()} if dense else {}
     for way in ("masked", "sliced"):
@@ -140,7 +143,8 @@ def one_round(level: Widths, turn: int, dense: bool) -> dict[str, float]:
         with context:
             float(search.run.loss(model, ids, turn))
         found[way] = time.perf_counter() - began
-    for way, of in (("step", level), ("sweep", Slopes(search, level.allocation))):
+    sweep = Slopes(by_kl.search, by_kl.allocation)
+    for way, of in (("step", by_loss), ("step, kl", by_kl), ("sweep", sweep)):
         began = time.perf_counter()
         losses = of.measure(turn, turn)
         of.update(losses, turn)
