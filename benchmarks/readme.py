@@ -16,6 +16,7 @@ import atp
 import estimators
 import fold
 import ingredients
+import placements
 import prune_once
 import prune_peft
 from peers import markdown
@@ -45,6 +46,7 @@ def main() -> None:
             "prune-once-minilm": best_sparse,
             "atp-legalbench": best_domain,
             "prune-peft-minilm": best_units,
+            "placements-minilm": placements.markdown,
         }
     )
     whole = tables(
@@ -67,6 +69,8 @@ def main() -> None:
             "prune-once-minilm-head-rows": sparse,
             "atp-legalbench": domain,
             "prune-peft-minilm": units,
+            "prune-peft-minilm-ranks": units,
+            "placements-minilm": placements.markdown,
         }
     )
     readme = ROOT / "README.md"
@@ -248,10 +252,11 @@ def units(table: dict[str, Any]) -> str:
 def for_a_task(result: dict[str, Any]) -> str:
     """What `sentei run recipes/policy-gradient-task.yaml` wrote as result.json."""
     rows = next(iter(result["measurements"].values()))[0]["samples"]
+    sparsity = next(stage["sparsity"] for stage in result["recipe"]["stages"] if "sparsity" in stage)
     title = (
-        "**Pruned for a task, and for the loss of the same rows**: SmolLM2-135M-Instruct tuned to tell whether a film "
-        f"review is positive, then without three tenths of the decoder parameters; {rows} reviews of SST-2's "
-        "development part, which neither has seen."
+        "**Pruned for a task, for the loss of the same rows, and for any text**: SmolLM2-135M-Instruct tuned to tell "
+        f"whether a film review is positive, then without {sparsity:.0%} of the decoder parameters; {rows} reviews of "
+        "SST-2's development part, which none has seen. Means: without a refit."
     )
     lines = []
     for name, found in result["measurements"].items():
