@@ -30,6 +30,7 @@ from sentei.recipe import find_model
 
 SEARCH = PolicyGradient(granularity="channels", compensate="mean", reward="lm_loss")
 BY_DIVERGENCE = "+ searched by the divergence, not the loss"
+LONGER = "+ refit on 131,072 tokens"  # not set against peers, which calibrate on 8,192
 INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
     "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
     "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
@@ -40,7 +41,7 @@ INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, 
     "+ 0.3 of the layers' errors made good": ("flap", True, "least-squares", 256, 0.3),  # not in every model
     "+ FLAP's or Wanda's order, by measuring": ("auto", True, "least-squares", 256, 0.3),
     BY_DIVERGENCE: ("auto", True, "least-squares", 256, 0.3),
-    "+ refit on 131,072 tokens": ("auto", True, "least-squares", 1024, 0.3),
+    LONGER: ("auto", True, "least-squares", 1024, 0.3),
 }
 PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
 
@@ -170,12 +171,12 @@ def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity")
 def against_peers(
     table: dict[str, Any], sparsity: float, healed: bool = False
 ) -> dict[str, tuple[list[float], float, str]]:
-    """Text -> (seeds of the row with most ingredients, mean of the best peer, its name); "zero-shot" where asked.
+    """Text -> (seeds of the row with most ingredients but LONGER, mean of the best peer, its name); "zero-shot" too.
 
     Empty if one is missing.
     """
     groups, scores = grouped(table, healed), grouped(table, healed, "zero_shot_mean")
-    ours = [(sparsity, name) for name in INGREDIENTS if (sparsity, name) in groups][-1:]
+    ours = [(sparsity, name) for name in INGREDIENTS if (sparsity, name) in groups and name != LONGER][-1:]
     peers = [(sparsity, name) for name in PEERS if (sparsity, name) in groups]
     if not ours or not peers:
         return {}

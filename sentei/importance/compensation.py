@@ -1,6 +1,6 @@
 """What is left makes up for what goes: mean activations as biases, and a least-squares refit of the reading linears.
 
-Shape legend: U units, N blocks of text, T tokens, H hidden width, W inputs of a reading linear, K kept and D dropped ones.
+Shape legend: U units, N blocks of text, T tokens, H hidden width, W inputs of a reading linear, K kept, D dropped.
 """
 
 from __future__ import annotations
