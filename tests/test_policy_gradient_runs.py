@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -531,12 +532,20 @@ def test_the_recipe_of_a_task_with_the_rows_it_asks_for(tmp_path, monkeypatch, c
     made = Template(word_tokenizer()).parts(make_row(rows[0], "here"))  # what the model is tuned on
     assert rows[0]["text"] == made.head + made.body + made.tail + made.response
     recipe = (root / "recipes" / "policy-gradient-task.yaml").read_text().replace("model: smollm2", "model: parent")
-    (tmp_path / "recipe.yaml").write_text(recipe.partition("evaluate:")[0])  # on data that may not be here
+    (tmp_path / "any.txt").write_text("\n\n".join(f"{i} {WORDS}" for i in range(800)))
+    recipe = recipe.replace("../shared/data/wikitext-103-tok/valid.txt", "any.txt")  # what may not be here
+    (tmp_path / "recipe.yaml").write_text(recipe.partition("evaluate:")[0])
     assert main(["run", "recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
-    for_task, for_loss = capsys.readouterr().out.split("\nfor-the-loss\n")
-    assert "reward: choice_probability\n" in for_task and "reward: lm_loss\n" in for_loss
-    same = ("sparsity: 0.3\n", "slope_sweeps: 2\n", "granularity: sublayers+channels\n")
-    assert all(line in stage for line in same for stage in (for_task, for_loss))
+    said = re.split(r"\n(for-[a-z-]+)\n", capsys.readouterr().out)
+    stages = dict(zip(said[1::2], said[2::2], strict=True))
+    rewards = {name: re.search(r"reward: (\w+)\n", stage)[1] for name, stage in stages.items()}
+    answer, loss = "choice_probability", "lm_loss"
+    assert rewards == {
+        "for-the-task": answer, "for-the-loss": loss, "for-any-text": "kl",
+        "for-the-task-means": answer, "for-the-loss-means": loss,
+    }  # fmt: skip
+    same = ("sparsity: 0.6\n", "slope_sweeps: 2\n", "granularity: sublayers+channels\n")
+    assert all(line in stage for line in same for stage in stages.values())
 
 
 def test_the_example_of_a_reward_of_one_s_own(monkeypatch):
