@@ -194,6 +194,7 @@ def test_second_moments_of_a_wide_linear_are_whole():
     covariance, _, mean, _ = seen.normal_equations(torch.zeros(1, 900, dtype=torch.double), with_bias=True)
     torch.testing.assert_close(covariance.float(), torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mean.float(), x.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.xx.float(), x.T @ x, rtol=1e-4, atol=1e-4)  # folding reads it
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])

@@ -55,7 +55,7 @@ class SecondMoments:
 
     def __init__(self, width: int, error: Callable[[slice], Tensor] | None = None):
         self.count = 0
-        self.xx = torch.zeros(width, width, dtype=torch.double)
+        self._upper = torch.zeros(width, width, dtype=torch.double)
         self.x = torch.zeros(width, dtype=torch.double)
         self.error = error
         self.e = self.ex = torch.zeros(())
@@ -67,10 +67,15 @@ class SecondMoments:
             self.ex = self.ex + (error_TH.T @ x_TW).double().cpu()
             self.e = self.e + error_TH.sum(0).double().cpu()
         self.count += len(x_TW)
-        for start in range(0, len(self.x), 384):  # the upper half; the lower one is its mirror
+        for start in range(0, len(self.x), 384):  # below the diagonal is its mirror
             part = slice(start, start + 384)
-            self.xx[part, start:] += (x_TW[:, part].T @ x_TW[:, start:]).double().cpu()
+            self._upper[part, start:] += (x_TW[:, part].T @ x_TW[:, start:]).double().cpu()
         self.x += x_TW.sum(0).double().cpu()
+
+    @property
+    def xx(self) -> Tensor:
+        """[W, W] the sum of x x^T."""
+        return self._upper.triu() + self._upper.triu(1).T
 
     def normal_equations(self, old_HW: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What W' of min |W x + e - W' x - b|^2 solves: W' covariance [W, W] = wanted [H, W].
@@ -83,7 +88,7 @@ class SecondMoments:
             (covariance, wanted, mean, wanted_mean).
         """
         mean_W = self.x / self.count * with_bias
-        covariance = (self.xx.triu() + self.xx.triu(1).T) / self.count - torch.outer(mean_W, mean_W)
+        covariance = self.xx / self.count - torch.outer(mean_W, mean_W)
         wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W
         if self.error is not None:
             mean_H = self.e / self.count
