@@ -108,8 +108,7 @@ def how(name: str) -> tuple[Any, tuple[str, ...], str]:
                 calibration_samples=blocks,
             )
             return equal, (compensation,), f"{init} order, equal widths"
-        of_the_divergence = list(INGREDIENTS).index(name) >= list(INGREDIENTS).index(BY_DIVERGENCE)
-        reward = "kl" if of_the_divergence else SEARCH.reward
+        reward = "kl" if name in (BY_DIVERGENCE, LONGER) else SEARCH.reward
         method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks, reward=reward)
         return method, (compensation,), f"{init} order, searched by {reward}"
     method, compensations, _ = ROWS[name]
@@ -152,9 +151,8 @@ def markdown(table: dict[str, Any]) -> str:
                 lines.append([f"{sparsity:.0%}", name, *cells])
         found = [against_peers(table, sparsity, healed).get(text) for healed, _ in sides for text in texts]
         if any(found):
-            cells = [f"{statistics.mean(each[0]) / each[1]:.2f}" if each else "" for each in found] + [""] * (
-                len(columns) - len(found)
-            )
+            cells = [f"{statistics.mean(each[0]) / each[1]:.2f}" if each else "" for each in found]
+            cells += [""] * (len(columns) - len(found))
             lines.append([f"{sparsity:.0%}", "all ingredients / best peer", *cells])
     return shown(told, ["removed of layers", "row", *columns], lines)
 

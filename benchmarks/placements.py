@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prune_peft import TASKS, everywhere, read, same_rounds
+from prune_peft import TASKS, everywhere, fields_of, read, same_rounds, training_flags
 from tables import add, flags, made_on, printed, resumed, shown, spread, write
 
 from sentei import checkpoint
@@ -54,15 +54,11 @@ def main() -> None:
     table = resumed(out, {"settings": settings}, rows=[], choices=[]) | made_on()
     for name in args.tasks:
         rows = read(name, args)
-        base = SearchOnly(
-            epochs=args.epochs, batch_size=args.batch_size, seq_len=args.seq_len, metric=TASKS[name][4], lr=args.lr,
-            pair_field=TASKS[name][2], label_field=TASKS[name][3], limit=args.rows, save_every=1_000_000,
-        )  # fmt: skip
+        base = SearchOnly(**fields_of(name, args), lr=args.lr)
         model, tokenizer = checkpoint.load(find_model(args.model), **base.head(rows))
         base = replace(base, lora_r=base.ranks(model)[-1], kinds=("lora",))
-        layers = range(model.config.num_hidden_layers)
         made = {tuple(row["layers"]) for row in table["rows"] if row["task"] == name}
-        for chosen in itertools.combinations(layers, args.keep):
+        for chosen in itertools.combinations(range(model.config.num_hidden_layers), args.keep):
             if chosen not in made:
                 scores = trained(chosen, base, model, tokenizer, rows)
                 add(out, table, {"task": name, "layers": list(chosen)} | scores)
@@ -70,12 +66,8 @@ def main() -> None:
         for seed, way in itertools.product(range(args.seeds), args.ways):
             if (way, seed) not in known:
                 method = replace(base, seed=seed, assignment=way, **same_rounds(base, model))
-                found = {
-                    "task": name,
-                    "way": way,
-                    "seed": seed,
-                    "layers": choice(method, args.keep, model, tokenizer, rows),
-                }
+                layers = choice(method, args.keep, model, tokenizer, rows)
+                found = {"task": name, "way": way, "seed": seed, "layers": layers}
                 table["choices"].append(found)
                 write(out, table)
                 print(found, flush=True)
@@ -144,12 +136,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=int, default=2, help="layers that have LoRA")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3, help="of the searches")
-    parser.add_argument("--rows", type=int, default=1000, help="training rows at most")
-    parser.add_argument("--test-rows", type=int, default=1000, help="test and validation rows at most")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    training_flags(parser)
+    parser.set_defaults(rows=1000, seq_len=64, lr=3e-3)
     return parser.parse_args()
 
 

@@ -88,11 +88,8 @@ def main() -> None:
             wanted = [c for c in args.configurations if (name, c, seed) not in made]
             if not wanted:
                 continue
-            base = PrunePEFT(
-                epochs=args.epochs, batch_size=args.batch_size, seq_len=args.seq_len, metric=TASKS[name][4], seed=seed,
-                pair_field=TASKS[name][2], label_field=TASKS[name][3], limit=args.rows, precision=args.precision,
-                save_every=1_000_000, budget=args.budget_share,
-            )  # fmt: skip
+            fields = fields_of(name, args)
+            base = PrunePEFT(**fields, seed=seed, precision=args.precision, budget=args.budget_share)
             rows = read(name, args)
             model, tokenizer = checkpoint.load(find_model(args.model), **base.head(rows))
             base = replace(base, lora_r=base.ranks(model)[-1])
@@ -102,6 +99,15 @@ def main() -> None:
                     table["lr"][key] = choose_lr(configuration, base, model, tokenizer, rows, args)
                 row = run(configuration, replace(base, lr=table["lr"][key]), model, tokenizer, rows, "test", args)
                 add(out, table, {"task": name, "configuration": configuration, "seed": seed} | row, "living")
+
+
+def fields_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What all trainings on a task's rows have in common."""
+    _, _, pair, label, metric = TASKS[name]
+    return {
+        "epochs": args.epochs, "batch_size": args.batch_size, "seq_len": args.seq_len, "limit": args.rows,
+        "pair_field": pair, "label_field": label, "metric": metric, "save_every": 1_000_000,
+    }  # fmt: skip
 
 
 def read(name: str, args: argparse.Namespace) -> examples.Examples:
@@ -349,6 +355,16 @@ def difference(value: dict[Any, float], one: str, other: str) -> str:
     return f"{statistics.mean(pairs):+.1f} ± {half:.1f} (n={len(pairs)})"
 
 
+def training_flags(parser: argparse.ArgumentParser) -> None:
+    """The rows, and how they are learned from."""
+    parser.add_argument("--rows", type=int, default=2000, help="training rows at most")
+    parser.add_argument("--test-rows", type=int, default=1000, help="test and validation rows at most")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+
+
 def arguments() -> argparse.Namespace:
     parser = flags(__doc__, "results/prune-peft-minilm.json")
     parser.add_argument("--model", help="folder, .gguf file or hub id")
@@ -356,12 +372,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(DEFAULT_TASKS))
     parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=2000, help="training rows at most")
-    parser.add_argument("--test-rows", type=int, default=1000, help="test and validation rows at most")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    training_flags(parser)
     parser.add_argument("--full-lr", type=float, default=1e-4)
     parser.add_argument("--grid", type=float, nargs="+", help="rates to choose from for PEFT; a tenth of them for full")
     parser.add_argument("--precision", default="auto")
