@@ -30,7 +30,8 @@ from sentei.recipe import find_model
 
 SEARCH = PolicyGradient(granularity="channels", compensate="mean", reward="lm_loss")
 BY_DIVERGENCE = "+ searched by the divergence, not the loss"
-LONGER = "+ refit on 131,072 tokens"  # not set against peers, which calibrate on 8,192
+LONGER = "+ refit on 131,072 tokens"  # not set against peers, which calibrate on 8,192, but against the next
+LONGER_PEER = "wanda, channels only, on 131,072 tokens"
 INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
     "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
     "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
@@ -111,9 +112,9 @@ def how(name: str) -> tuple[Any, tuple[str, ...], str]:
         reward = "kl" if name in (BY_DIVERGENCE, LONGER) else SEARCH.reward
         method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks, reward=reward)
         return method, (compensation,), f"{init} order, searched by {reward}"
-    method, compensations, _ = ROWS[name]
+    method, compensations, _ = ROWS["wanda, channels only" if name == LONGER_PEER else name]
     if name != "greedy":
-        method = replace(method, calibration_samples=64)
+        method = replace(method, calibration_samples=1024 if name == LONGER_PEER else 64)
     return method, tuple(each for each in compensations if each != "least-squares"), name
 
 
@@ -139,7 +140,7 @@ def markdown(table: dict[str, Any]) -> str:
     lines = []
     groups = {healed: grouped(table, healed) for healed, _ in sides}
     scores = {healed: grouped(table, healed, "zero_shot_mean") for healed, _ in sides}
-    names = ["dense", *INGREDIENTS, *PEERS]
+    names = ["dense", *INGREDIENTS, *PEERS, LONGER_PEER]
     for sparsity in sorted({sparsity for sparsity, _ in groups[False]}):
         for name in names:
             if (sparsity, name) in groups[False]:
@@ -206,7 +207,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text-blocks", type=int, default=32, help="of each, drawn at random")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
-    parser.add_argument("--rows", nargs="+", choices=[*INGREDIENTS, *PEERS])
+    parser.add_argument("--rows", nargs="+", choices=[*INGREDIENTS, *PEERS, LONGER_PEER])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--masks", default="masks", help="folder to keep the searches in")
     parser.add_argument("--heal-steps", type=int, default=0)

@@ -64,7 +64,8 @@ def parsers(arguments: list[str], run: Mapping[str, Command]) -> tuple[Parser, d
         return command
 
     fields_hint = "every field of a method is a flag: `sentei {} --method NAME --help` shows them\n\nmethods:\n{}"
-    listed = "\n".join(f"  {name:18}{title}" for name, title, _ in methods())
+    width = max(map(len, METHODS)) + 2
+    listed = "\n".join(f"  {name:{width}}{title}" for name, title, _ in methods())
     method = _value_of("--method", arguments)
     for name, help in (
         ("compress", "prune a checkpoint by one method and save the smaller one"),

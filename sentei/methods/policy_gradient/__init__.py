@@ -95,11 +95,11 @@ class PolicyGradient(Structural):
     )
     budget: str = option("global", "global: all units compete; family: heads and channels lose the same fraction")
     slope_sweeps: int = option(
-        3, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "[ours]"
+        3, "sweeps of one forward per layer and kind, each sharing the layers below; 0 leaves this level out", "ours"
     )
-    slope_delta: float = option(0.1, "how much of a layer's units gives way in such a forward", "[ours]")
-    slope_rate: float = option(4.0, "assumed decay of the loss in a keep-fraction: higher moves less", "[ours]")
-    coarse_steps: int = option(0, "antithetic pairs of the search over keep-fractions; 0 leaves it out", "[ours]")
+    slope_delta: float = option(0.1, "how much of a layer's units gives way in such a forward", "ours")
+    slope_rate: float = option(4.0, "assumed decay of the loss in a keep-fraction: higher moves less", "ours")
+    coarse_steps: int = option(0, "antithetic pairs of the search over keep-fractions; 0 leaves it out", "ours")
     coarse_sigma: float = option(0.05, "standard deviation of the perturbed keep-fractions")
     coarse_lr: float = option(0.02, "typical move of a keep-fraction in one step, cosine to 0")
     steps: int = option(0, "steps of the search over units", "15,000 in the authors' scripts")
@@ -111,7 +111,7 @@ class PolicyGradient(Structural):
     seq_len: int = option(128, "tokens per block", "authors' scripts")
     phi_eps: float = option(1e-7, "keeps phi finite at s = 0 and s = 1", "authors' code")
     score_floor: float = option(
-        0.01, "lowest s while the search over units goes on, linearly to 0: a unit at 0 could not return", "[ours]"
+        0.01, "lowest s while the search over units goes on, linearly to 0: a unit at 0 could not return", "ours"
     )
     channel_group: int = option(32, "channels that share one bit in the search over units; 1 in the authors' code")
     reward: str = option(
@@ -119,7 +119,7 @@ class PolicyGradient(Structural):
         "what is lowered: kl, the divergence from the dense model on the text; lm_loss, the loss of the text (masked "
         f"tokens for encoders); or what is raised: {', '.join(BUILT_IN)}, or module:function of yours with "
         "(model, batch) -> float",
-        "[ours]; lm_loss: authors' code",
+        "ours; lm_loss: authors' code",
     )
     reward_data: str | None = option(None, "JSONL rows given to the reward as batch.examples; a fifth is held out")
     reward_scale: str = option(

@@ -62,21 +62,21 @@ class Pretraining:
     """What stages A and B share; `preset` fills in what is not given."""
 
     paper: ClassVar[str] = "arXiv 2111.05754"
-    preset: str = option("cpu_mini", "paper, small_gpu or cpu_mini: steps, batch_size, seq_len and lr", "[ours]")
+    preset: str = option("cpu_mini", "paper, small_gpu or cpu_mini: steps, batch_size, seq_len and lr", "ours")
     objective: str = option("auto", "mlm, mlm_nsp (BERT with its next-sentence head) or clm; auto: by the model")
     steps: int | None = option(None, "optimiser steps T; paper 100,000", "authors' code")
     batch_size: int | None = option(None, "blocks per micro-batch; paper 256", "authors' code")
     seq_len: int | None = option(None, "tokens per block; paper 512", "authors' code's default")
     lr: float | None = option(None, "peak learning rate; the paper's is not known, the authors' library has 5e-5")
-    accumulate: int = option(1, "micro-batches per optimiser step", "[ours]")
+    accumulate: int = option(1, "micro-batches per optimiser step", "ours")
     warmup: float = option(0.01, "fraction of the run in which the learning rate rises", "authors' code")
     weight_decay: float = option(0.01, "on matrices only", "authors' code")
     clip: float = option(1.0, "largest gradient norm", "authors' library")
     mlm_probability: float = option(0.15, "fraction of the tokens that are predicted (80/10/10)", "authors' code")
-    precision: str = option("auto", "fp32, bf16 (autocast over fp32 weights) or auto", "[ours]")
+    precision: str = option("auto", "fp32, bf16 (autocast over fp32 weights) or auto", "ours")
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
-    eval_tokens: int = option(8192, "validation tokens of one measurement, four in a run", "[ours]")
-    save_every: int = option(50, "steps between states on disk", "[ours]")
+    eval_tokens: int = option(8192, "validation tokens of one measurement, four in a run", "ours")
+    save_every: int = option(50, "steps between states on disk", "ours")
     seed: int = option(0, "order of the text, masked tokens, dropout")
 
     structural: ClassVar[bool] = False
@@ -204,7 +204,7 @@ class Pretraining:
 class Teacher(Pretraining):
     """Stage A: the dense language model, trained on the corpus that the student will be pruned on."""
 
-    train: str = option("all", "all, or head: the layers stay, and with them what they know besides", "[ours]")
+    train: str = option("all", "all, or head: the layers stay, and with them what they know besides", "ours")
     shape: str = option("dense", "how it is saved")
 
     def __post_init__(self) -> None:
@@ -274,18 +274,18 @@ class Student(Pretraining):
     """Stage B: prune the teacher while it teaches; the sparse checkpoint that every task starts from."""
 
     sparsity: float = option(0.9, "fraction of the prunable weights that go; 1x4: of the blocks", "paper: 0.85, 0.9")
-    pattern: str = option("unstructured", "unstructured, 1x4 (four inputs of one output) or 2:4", "[ours] beyond 1x4")
+    pattern: str = option("unstructured", "unstructured, 1x4 (four inputs of one output) or 2:4", "ours beyond 1x4")
     scope: str = option("matrix", "matrix: each loses the same fraction (the paper); global: one threshold")
-    max_matrix_sparsity: float = option(0.98, "scope global: no matrix loses more", "[ours]")
-    ties: str = option("exact", "exact: exactly k weights go; paper: all that equal the k-th", "[ours]")
+    max_matrix_sparsity: float = option(0.98, "scope global: no matrix loses more", "ours")
+    ties: str = option("exact", "exact: exactly k weights go; paper: all that equal the k-th", "ours")
     regrow: bool = option(True, "a removed weight may come back, with its old value", "authors' code")
     start: str = option(
         "dense",
         "dense: the schedule below; fit: pruned before the first step, each linear fitted to the teacher's by least "
         "squares, then trained with this pattern",
-        "[ours]",
+        "ours",
     )
-    fit_tokens: int = option(16384, "start fit: tokens of the training text", "[ours]")
+    fit_tokens: int = option(16384, "start fit: tokens of the training text", "ours")
     prune_start: float = option(0.0, "fraction of the run at which pruning starts, t0", "authors' code")
     prune_end: float = option(0.5, "fraction at which the target is reached, t1", "authors' code")
     prune_freeze: float = option(0.8, "fraction after which the mask no longer moves, t_end", "authors' code")
@@ -293,7 +293,7 @@ class Student(Pretraining):
     rewind: bool = option(True, "wind the learning rate back at every mask; off: one linear decay", "authors' code")
     kd_hard: float = option(0.5, "weight of the cross-entropy", "authors' script")
     kd_soft: float = option(0.5, "weight of the distillation; 0: no teacher", "authors' script")
-    kd_hidden: float = option(0.0, "weight of |h - h_teacher|^2 / |h_teacher|^2, mean over layers and tokens", "[ours]")
+    kd_hidden: float = option(0.0, "weight of |h - h_teacher|^2 / |h_teacher|^2, mean over layers and tokens", "ours")
     temperature: float = option(2.0, "softens both distributions", "authors' script")
     include: str | None = option(None, "regular expression: prune these weights instead of all in the blocks")
     exclude: str | None = option(None, "regular expression: leave these weights out")

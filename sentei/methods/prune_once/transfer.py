@@ -46,22 +46,22 @@ class OnTask:
     metric: str = option("auto", "score that stands for the task: accuracy, f1, matthews, pearson and so on, by kind")
     label_field: str = option("label", "field of the rows that holds the label")
     pair_field: str | None = option(None, "field of a second text")
-    limit: int | None = option(None, "at most so many training rows; clm: documents", "[ours]")
+    limit: int | None = option(None, "at most so many training rows; clm: documents", "ours")
     validation_fraction: float = option(0.1, "of the training rows, held out where no validation file is given")
-    held_limit: int | None = option(None, "at most so many rows of validation and of test", "[ours]")
+    held_limit: int | None = option(None, "at most so many rows of validation and of test", "ours")
     epochs: float | None = option(None, "times that every row is seen; paper 9, SQuAD 8", "public recipes")
     batch_size: int | None = option(None, "rows per micro-batch; paper 32, SQuAD 12", "public recipes")
     seq_len: int | None = option(None, "tokens of a row; paper 128, SQuAD 384", "public recipes")
     lr: float | None = option(None, "peak learning rate; paper 1e-4, SQuAD 1.5e-4", "public recipes")
     stride: int = option(128, "tokens that two windows of a long context share (qa)", "public recipes")
-    accumulate: int = option(1, "micro-batches per optimiser step", "[ours]")
+    accumulate: int = option(1, "micro-batches per optimiser step", "ours")
     warmup: float = option(0.01, "fraction of the run in which the learning rate rises", "authors' code")
     clip: float = option(1.0, "largest gradient norm", "authors' library")
     kd_hard: float = option(0.0, "with a teacher: weight of the labels (without one: labels alone)", "public recipes")
     kd_soft: float = option(1.0, "with a teacher: weight of the distillation", "public recipes")
     temperature: float = option(2.0, "softens both distributions", "authors' script")
-    precision: str = option("auto", "fp32, bf16 (autocast over fp32 weights) or auto", "[ours]")
-    save_every: int = option(100, "steps between states on disk", "[ours]")
+    precision: str = option("auto", "fp32, bf16 (autocast over fp32 weights) or auto", "ours")
+    save_every: int = option(100, "steps between states on disk", "ours")
     seed: int = option(0, "order of the rows, dropout")
     shape: str = option("sparse", "sparse: container of bits and values; dense: plain, zeros in full")
     zstd: bool = option(True, "compress the parts of the container that become smaller by it")
@@ -176,9 +176,9 @@ class OnTask:
 class Transfer(OnTask):
     """Stage C: fine-tune the sparse checkpoint on a task with its pattern locked."""
 
-    lock: bool = option(True, "keep the zeros; off: fine-tune a dense model, as a teacher or a baseline", "[ours]")
+    lock: bool = option(True, "keep the zeros; off: fine-tune a dense model, as a teacher or a baseline", "ours")
     prune: float = option(
-        0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "[ours]"
+        0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "ours"
     )
     weight_decay: float = option(0.01, "on matrices only", "public recipes")
 

@@ -47,11 +47,11 @@ ASSIGNMENTS = ("warmup", "paper", "equal", "random", *CRITERIA)
 class PrunePEFT:
     """Search a PEFT configuration for labelled rows, under a budget of trained parameters, and train it."""
 
-    budget: float = option(0.5, "what may stay: parameters, or a share between 0 and 1 of budget_of", "[ours]")
-    budget_of: str = option("supernet", "supernet: all units; base: the model without its head", "[ours]")
+    budget: float = option(0.5, "what may stay: parameters, or a share between 0 and 1 of budget_of", "ours")
+    budget_of: str = option("supernet", "supernet: all units; base: the model without its head", "ours")
     kinds: tuple[str, ...] = option(("lora", "adapter"), "what is searched: lora, adapter", "2.2")
     lora_targets: tuple[str, ...] = option(("q", "v"), f"linears with LoRA: {', '.join(adapters.ROLES)}", "2.2")
-    lora_split: bool = option(False, "each linear a unit of its own, in place of one LoRA unit a layer", "[ours]")
+    lora_split: bool = option(False, "each linear a unit of its own, in place of one LoRA unit a layer", "ours")
     lora_r: int | None = option(
         None, "one rank, so that a layer's LoRA stays or goes whole, as in the paper: 32 for encoders, 8 for decoders"
     )
@@ -59,56 +59,56 @@ class PrunePEFT:
         None,
         "ranks to choose from: each layer's LoRA goes down from the last to the first, then out; without lora_r "
         "2,4,8,16,32 for encoders, 2,4,8 for decoders",
-        "[ours]",
+        "ours",
     )
     lora_alpha: int | None = option(None, "default 32 for encoders, 16 for decoders", "released code")
     adapter_width: int | None = option(None, "bottleneck; default hidden / 8 for encoders, 32 for decoders", "code")
     adapter_init: str = option(
-        "zero", f"first values of the bottleneck: {', '.join(adapters.INITS)}", "eq. 4-5; [ours]"
+        "zero", f"first values of the bottleneck: {', '.join(adapters.INITS)}", "eq. 4-5; ours"
     )
     dropout: float = option(0.1, "in both kinds", "released code")
     assignment: str = option(
-        "warmup", f"who judges where: {', '.join(ASSIGNMENTS)}, or file:x.json", "sec. 3; [ours] for the others"
+        "warmup", f"who judges where: {', '.join(ASSIGNMENTS)}, or file:x.json", "sec. 3; ours for the others"
     )
     units_per_round: int | None = option(None, "removed per round; default a twelfth of the units", "released code")
-    steps_per_round: int | None = option(None, "default: what max_search_ratio allows", "[ours]")
+    steps_per_round: int | None = option(None, "default: what max_search_ratio allows", "ours")
     search_fraction: float | None = option(None, "rows that rounds train on; default up to a tenth", "low fidelity 1 %")
     max_search_ratio: float = option(0.3, "steps of the search, of those of one training, weighed", "table 4")
     strict_search_ratio: bool = option(False, "refuse a search that would cost more")
     warmup_examples: int = option(100, "rows of a warm-up turn", "released code")
     warmup_turns: int = option(3, "turns", "released code")
     warmup_epochs: int = option(3, "passes over the rows in a turn", "released code")
-    warmup_top: float = option(0.25, "share of a kind that each criterion votes against", "[ours]")
-    rank_slope: float = option(4.0, "beta of the rank weight sigmoid(beta (2p - 1))", "eq. 1; [ours]")
-    threshold: float | None = option(None, "of that criterion; default 0.05 or 1e-6, by mode", "[ours]; released code")
-    threshold_mode: str = option("relative", "to the RMS of the matrix's role; or absolute", "[ours]")
-    score_from: float = option(0.5, "scores are of the rest of a round: LoRA's A has no gradient at first", "[ours]")
+    warmup_top: float = option(0.25, "share of a kind that each criterion votes against", "ours")
+    rank_slope: float = option(4.0, "beta of the rank weight sigmoid(beta (2p - 1))", "eq. 1; ours")
+    threshold: float | None = option(None, "of that criterion; default 0.05 or 1e-6, by mode", "ours; released code")
+    threshold_mode: str = option("relative", "to the RMS of the matrix's role; or absolute", "ours")
+    score_from: float = option(0.5, "scores are of the rest of a round: LoRA's A has no gradient at first", "ours")
     depth_cuts: tuple[float, ...] = option((0.2, 0.5, 0.8), "where depth blocks begin", "released code")
     kind_weights: tuple[float, ...] | None = option(
-        None, "how much more of its parameters a kind loses, in their order", "[ours]"
+        None, "how much more of its parameters a kind loses, in their order", "ours"
     )
-    count_head: bool = option(False, "the head is part of the budget", "[ours]")
+    count_head: bool = option(False, "the head is part of the budget", "ours")
     task: str | None = option(None, "classification, regression or response; default: by the labels")
     pair_field: str | None = option(None, "second text of a row")
     label_field: str = option("label", "the label, or the response")
     limit: int | None = option(None, "at most so many rows to train on")
     metric: str | None = option(None, f"{', '.join(scores.SCORES)}; default accuracy, spearman or likelihood")
     epochs: float = option(3.0, "passes of the final training", "released code; 20 in the paper")
-    batch_size: int = option(16, "rows per optimiser step and micro-batch", "[ours]")
-    accumulate: int = option(1, "micro-batches per optimiser step", "[ours]")
-    seq_len: int = option(128, "tokens of a row at most", "[ours]")
+    batch_size: int = option(16, "rows per optimiser step and micro-batch", "ours")
+    accumulate: int = option(1, "micro-batches per optimiser step", "ours")
+    seq_len: int = option(128, "tokens of a row at most", "ours")
     lr: float = option(2e-4, "of units and head, AdamW", "released code")
-    weight_decay: float = option(0.01, "on matrices", "[ours]")
+    weight_decay: float = option(0.01, "on matrices", "ours")
     precision: str = option("auto", "fp32, bf16 (autocast) or auto")
     save_every: int = option(50, "steps between checkpoints of the final training")
     max_drop: float | None = option(
-        None, "stop when the watched metric falls so far below the first round's; costs a round more", "[ours]"
+        None, "stop when the watched metric falls so far below the first round's; costs a round more", "ours"
     )
-    patience: int = option(2, "rounds in a row that must fall so far", "[ours]")
-    strict_budget: bool = option(False, "a search that stopped early has failed (exit code 4)", "[ours]")
-    min_metric: float | None = option(None, "least metric on validation rows to be accepted", "[ours]")
-    compare: bool = option(False, "train LoRA everywhere too, for its metric and its time", "[ours]")
-    max_drop_vs: float | None = option(None, "largest loss against LoRA everywhere to be accepted", "[ours]")
+    patience: int = option(2, "rounds in a row that must fall so far", "ours")
+    strict_budget: bool = option(False, "a search that stopped early has failed (exit code 4)", "ours")
+    min_metric: float | None = option(None, "least metric on validation rows to be accepted", "ours")
+    compare: bool = option(False, "train LoRA everywhere too, for its metric and its time", "ours")
+    max_drop_vs: float | None = option(None, "largest loss against LoRA everywhere to be accepted", "ours")
     seed: int = option(0, "for every random choice")
 
     structural: ClassVar[bool] = False
