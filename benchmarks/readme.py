@@ -19,6 +19,7 @@ import ingredients
 import placements
 import prune_once
 import prune_peft
+import sparse as speed
 from peers import markdown
 from tables import shown, spread
 
@@ -67,6 +68,7 @@ def main() -> None:
             "prune-once-minilm": sparse,
             "prune-once-minilm-head": sparse,
             "prune-once-minilm-head-rows": sparse,
+            "prune-once-speed": speed.markdown,
             "atp-legalbench": domain,
             "prune-peft-minilm": units,
             "prune-peft-minilm-ranks": units,

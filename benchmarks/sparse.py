@@ -55,6 +55,8 @@ def main() -> None:
             if any(key.items() <= row.items() for row in table["models"]):
                 continue
             made = made or models(args)
+            config = made["model"].config
+            table["model"] = f"{config.architectures[0]}, {config.num_hidden_layers} layers of {config.hidden_size}"
             table["precision"] = {
                 name: {"INFERENCE_PRECISION_HINT": of[1], **of[2]} for name, of in made.items() if name != "model"
             }
@@ -215,7 +217,12 @@ def cpu() -> dict[str, Any]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    lines = [f"{table['machine']}, {', '.join(table['cpu']['capabilities'])}; load {table['load'][0]:.1f}", ""]
+    wide = ", ".join(name for name in table["cpu"]["capabilities"] if name.startswith(("avx", "amx")))
+    lines = [
+        f"**Does sparse int8 run faster?** {table['model']}; {table['machine']}, {wide}; medians of {table['rounds']} "
+        "rounds in turns. Whole models in OpenVINO, single linears in torch.",
+        "",
+    ]
     names = list(dict.fromkeys(name for row in table["models"] for name in row["seconds"]))
     head = ["threads", "tokens", *(f"{name}, ms" for name in names), "sparse int8 against dense int8"]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
