@@ -170,11 +170,8 @@ def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity")
 def against_peers(
     table: dict[str, Any], sparsity: float, healed: bool = False
 ) -> dict[str, tuple[list[float], float, str]]:
-    """Text -> (seeds of the row with most ingredients but LONGER, mean of the best peer, its name); "zero-shot" too.
-
-    Empty if one is missing.
-    """
-    groups, scores = grouped(table, healed), grouped(table, healed, "zero_shot_mean")
+    """Text -> (seeds of the row with most ingredients but LONGER, mean of the best peer, its name), or nothing."""
+    groups = grouped(table, healed)
     ours = [(sparsity, name) for name in INGREDIENTS if (sparsity, name) in groups and name != LONGER][-1:]
     peers = [(sparsity, name) for name in PEERS if (sparsity, name) in groups]
     if not ours or not peers:
@@ -184,10 +181,6 @@ def against_peers(
         means = {each: statistics.mean(row[text] for row in groups[each]) for each in peers}
         best = min(peers, key=lambda each: means[each])
         found[text] = [row[text] for row in groups[ours[0]]], means[best], best[1]
-    asked = [each for each in peers if each in scores]
-    if asked and ours[0] in scores:
-        best = max(asked, key=lambda each: statistics.mean(scores[each]))
-        found["zero-shot"] = scores[ours[0]], statistics.mean(scores[best]), best[1]
     return found
 
 

@@ -57,6 +57,7 @@ def main() -> None:
             "peers-smollm2-mha": peers,
             "ingredients-smollm2-bf16": parts_of_the_search,
             "ingredients-smollm2": parts_of_the_search,
+            "ingredients-smollm2-zero-shot": parts_of_the_search,
             "ingredients-gemma-3-270m": parts_of_the_search,
             "estimators-smollm2": ways,
             "search-cost": search,
@@ -144,20 +145,17 @@ def against_peers(table: dict[str, Any]) -> str:
         f"**Policy gradient, refit included, and the best peer as it was published** (no refit), {table['model']}; "
         "perplexity at 128, and the part of the peer's:"
     )
-    lines, columns = [], ["removed of layers", *texts]
+    lines = []
     for sparsity in sorted({row["sparsity"] for row in table["rows"]}):
         for healed in (False, True):
             found = ingredients.against_peers(table, sparsity, healed)
-            cells = []
-            for text, (ours, peer, name) in found.items():
-                if text == "zero-shot":
-                    cells.append(f"{spread(ours, 3)}, {peer:.3f} ({name})")
-                    columns = ["removed of layers", *texts, "zero-shot"]
-                else:
-                    cells.append(f"{spread(ours)}, {peer:.1f} ({name}): **{statistics.mean(ours) / peer:.2f}**")
+            cells = [
+                f"{spread(ours)}, {peer:.1f} ({name}): **{statistics.mean(ours) / peer:.2f}**"
+                for ours, peer, name in (found[text] for text in texts if text in found)
+            ]
             if cells:
                 lines.append([f"{sparsity:.0%}{', healed alike' if healed else ''}", *cells])
-    return shown(title, columns, lines)
+    return shown(title, ["removed of layers", *texts], lines)
 
 
 def best_depth(table: dict[str, Any]) -> str:
