@@ -177,9 +177,7 @@ class Transfer(OnTask):
     """Stage C: fine-tune the sparse checkpoint on a task with its pattern locked."""
 
     lock: bool = option(True, "keep the zeros; off: fine-tune a dense model, as a teacher or a baseline", "ours")
-    prune: float = option(
-        0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "ours"
-    )
+    prune: float = option(0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "ours")
     weight_decay: float = option(0.01, "on matrices only", "public recipes")
 
     def __post_init__(self) -> None:

@@ -63,9 +63,7 @@ class PrunePEFT:
     )
     lora_alpha: int | None = option(None, "default 32 for encoders, 16 for decoders", "released code")
     adapter_width: int | None = option(None, "bottleneck; default hidden / 8 for encoders, 32 for decoders", "code")
-    adapter_init: str = option(
-        "zero", f"first values of the bottleneck: {', '.join(adapters.INITS)}", "eq. 4-5; ours"
-    )
+    adapter_init: str = option("zero", f"first values of the bottleneck: {', '.join(adapters.INITS)}", "eq. 4-5; ours")
     dropout: float = option(0.1, "in both kinds", "released code")
     assignment: str = option(
         "warmup", f"who judges where: {', '.join(ASSIGNMENTS)}, or file:x.json", "sec. 3; ours for the others"
