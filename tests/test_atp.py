@@ -53,9 +53,7 @@ def test_keep_probability():
 def test_a_start_near_the_budget(sparsity):
     units = structure.units(tiny_model("llama"))
     score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(0))
-    p_U = keep_probability(start_logits(score_U, units, {"heads": 0.0, "channels": sparsity}, 3.0), 3.0)
-    assert bool((p_U[units.kind_U == 0] >= 0.5).all())
-    p_U = keep_probability(start_logits(score_U, units, dict.fromkeys(units.granularity, sparsity), 3.0), 3.0)
+    p_U = keep_probability(start_logits(score_U, units, sparsity, 3.0), 3.0)
     for kind in (0, 1):
         of = (units.kind_U == kind).nonzero().flatten()
         by_score = p_U[of[score_U[of].argsort()]]
@@ -239,23 +237,12 @@ def test_top_k_on_hand_numbers():
     assert int(units.cost_U[keep].sum()) == 122
 
 
-def test_every_kind_loses_its_share():
+def test_by_kind_every_kind_loses_its_share():
     """Groups: 2 of 4 fit into 96; the 16 that are left go to the channels, 7 of 8 instead of 4."""
     units, logits = worked_example()
-    keep = selection.top_k(logits, units, 0.4, floors(units), lost={"heads": 0.4, "channels": 0.4})
+    keep = selection.top_k(logits, units, 0.4, floors(units), by_kind=True)
     assert selection.counts(units, keep) == {"heads": [1, 1], "channels": [3, 4]}
     assert int(units.cost_U[keep].sum()) == 122
-
-
-def test_ways_to_share_a_budget_out():
-    """160 parameters of groups and 48 of channels: 0.1 of all is 0.433 of the channels alone; 0.4 is more than all."""
-    units, logits = worked_example()
-    tenth = selection.splits(units, 0.1)
-    assert [split["heads"] for split in tenth] == [0.1, 0.05, 0.0]
-    assert [split["channels"] for split in tenth] == pytest.approx([0.1, 0.8 / 3, 13 / 30])
-    assert selection.splits(units, 0.4) == [{"heads": 0.4, "channels": pytest.approx(0.4)}]
-    keep = selection.top_k(logits, units, 0.1, floors(units), lost=tenth[2])
-    assert selection.counts(units, keep)["heads"] == [2, 2]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.4, 0.5, 0.6])

@@ -262,7 +262,6 @@ def test_a_start_by_taylor_scores(words, examples):
     for start in ("dense", "taylor"):
         record = short(start=start, sparsity=0.4, round_channels=1, generator_lr=1e-3).compress(toy(), words, examples)
         kept[start] = record["freeze"]["kept_before"]
-        assert len(record["start"]) == (2 if start == "taylor" else 0)  # at 0.4 groups cannot all stay here
     assert kept["dense"] > 0.8 and abs(kept["taylor"] - 0.6) < 0.15, kept
 
 

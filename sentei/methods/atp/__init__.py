@@ -99,10 +99,7 @@ class ATP:
     generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
     start: str = option(
-        "dense",
-        "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model, what heads "
-        "and channels lose measured on held-out rows",
-        CODE,
+        "dense", "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model", CODE
     )
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
     offset: float = option(3.0, "added to every logit, which are near 0 at first: the run starts dense", CODE)
@@ -242,11 +239,11 @@ class ATP:
             workdir: checkpoints of the run go here, and one found here is continued.
             report: called after each optimiser step.
         Returns:
-            the record: "kept", parameters removed, "start" (splits tried by start=taylor), "freeze" (how the
-            final mask was found), "zeroing", "cut_against_masked" (the largest difference of a logit between the cut
-            model and the masked one in fp32, divided by the largest logit where that is above 1),
-            "cut_against_masked_absolute" (not divided), "cast_against_masked" (divided; the cut model in its own
-            dtype), tokens, seconds ("tuning_seconds": of the loop alone), "history", "seen_prompts".
+            the record: "kept", parameters removed, "freeze" (how the final mask was found), "zeroing",
+            "cut_against_masked" (the largest difference of a logit between the cut model and the masked one in fp32,
+            divided by the largest logit where that is above 1), "cut_against_masked_absolute" (not divided),
+            "cast_against_masked" (divided; the cut model in its own dtype), tokens, seconds ("tuning_seconds": of the
+            loop alone), "history", "seen_prompts".
         Raises:
             ValueError: a field, the rows, the model or the budget cannot work; a loss that is not finite; a cut model
                 that differs from the masked one. The model is as it was then, but for the last.

@@ -91,17 +91,17 @@ def keep_probability(logits_U: Tensor, offset: float) -> Tensor:
     return -torch.expm1(-torch.exp(logits_U.double() + offset))
 
 
-def start_logits(score_U: Tensor, units: Units, lost: dict[str, float], offset: float) -> Tensor:
-    """Logits with which a kind of unit loses about the share `lost[kind]`, the higher scores being kept more surely.
+def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float) -> Tensor:
+    """Logits with which each kind of unit keeps about 1 - sparsity, the higher scores more surely.
 
-    A unit at the border is kept with a probability of 0.5, the worst of its kind with 0.7 exp(-8 lost).
+    The worst of its kind is kept with a probability of 0.7 exp(-8 sparsity), that at the budget's border with 0.5.
     """
     logits_U = torch.zeros(len(units))
     for kind in units.granularity:
         of = (units.kind_U == KINDS.index(kind)).nonzero().flatten()
         place = torch.empty(len(of))
         place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
-        logits_U[of] = START_SLOPE * (place - lost[kind])
+        logits_U[of] = START_SLOPE * (place - sparsity)
     return logits_U + math.log(math.log(2)) - offset
 
 

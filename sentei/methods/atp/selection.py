@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sentei.structure import KINDS, Units
 
-MOST_OF_CHANNELS = 0.9  # that may be lost so that attention keeps more
 KIND_WORDS = {"heads": "KV group", "channels": "channels", "qk_pairs": "QK pairs", "v_dims": "V coordinates"}
 
 
@@ -65,24 +64,7 @@ def check_reachable(units: Units, sparsity: float, floors: Floors) -> None:
         )
 
 
-def splits(units: Units, sparsity: float) -> list[dict[str, float]]:
-    """Ways to share a budget out, kind -> share of its parameters lost: all kinds alike, or attention half or nothing.
-
-    What attention keeps the channels lose; a way that would take nearly all of them is left out.
-    """
-    cost = {kind: int(units.cost_U[units.kind_U == KINDS.index(kind)].sum()) for kind in units.granularity}
-    rest = units.total - cost["channels"]
-    found = []
-    for share in (sparsity, sparsity / 2, 0.0):
-        channels = (sparsity * units.total - share * rest) / cost["channels"]
-        if share == sparsity or channels <= MOST_OF_CHANNELS:
-            found.append({kind: channels if kind == "channels" else share for kind in units.granularity})
-    return found
-
-
-def top_k(
-    score_U: Tensor, units: Units, sparsity: float, floors: Floors, *, lost: dict[str, float] | None = None
-) -> Tensor:
+def top_k(score_U: Tensor, units: Units, sparsity: float, floors: Floors, *, by_kind: bool = False) -> Tensor:
     """The best units under the budget, [U] bool.
 
     Floors first; then all items by falling score, each that still fits. A KV group is an item of its own; the other
@@ -91,17 +73,17 @@ def top_k(
 
     Args:
         score_U: rank by logits, not by keep-probabilities: those are all 1.0 in the upper half.
-        lost: kind -> share of its parameters that goes (for scores that do not compare across kinds), as nearly as
+        by_kind: every kind of unit loses the same share (for scores that do not compare across kinds), as nearly as
             whole units allow; what one kind leaves of its share goes to the next.
     """
     score_U = score_U.double().cpu()
     keep_U = torch.zeros(len(units), dtype=torch.bool)
-    groups = [(kind,) for kind in units.granularity] if lost else [units.granularity]
-    left = 0.0 if lost else budget_of(units, sparsity)
+    groups = [(kind,) for kind in units.granularity] if by_kind else [units.granularity]
+    left = 0.0 if by_kind else budget_of(units, sparsity)
     for kinds in groups:
         inside_U = torch.isin(units.kind_U, torch.tensor([KINDS.index(kind) for kind in kinds]))
-        if lost:
-            left += float((1 - Fraction(str(lost[kinds[0]]))) * int(units.cost_U[inside_U].sum()))
+        if by_kind:
+            left += float((1 - Fraction(str(sparsity))) * int(units.cost_U[inside_U].sum()))
         items: list[tuple[float, int, int, int, Tensor]] = []
         for kind in kinds:
             for layer in range(units.num_layers):
@@ -117,7 +99,7 @@ def top_k(
                     items.append((-mean, units.granularity.index(kind), layer, position, item))
         for *_, item in sorted(items, key=lambda entry: entry[:4]):
             cost = int(units.cost_U[item].sum())
-            if cost <= left + 1e-6:  # of shares, which need not be whole
+            if cost <= left:
                 keep_U[item] = True
                 left -= cost
     return keep_U

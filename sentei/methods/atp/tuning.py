@@ -112,7 +112,6 @@ class Tuning:
             "last": {},
             "flips": [],
             "budget": [],
-            "start": [],
             "slice_tokens": 0,
             "generator_seconds": 0.0,
             "begin_seconds": 0.0,
@@ -187,9 +186,8 @@ class Tuning:
     def _begin(self) -> None:
         if self.control_steps:
             if self.method.start == "taylor":
-                score_U = self._taylor()
-                lost = self._cheapest_split(score_U)
-                self.generator.start_U = decisions.start_logits(score_U, self.units, lost, self.method.offset)
+                score_U, method = self._taylor(), self.method
+                self.generator.start_U = decisions.start_logits(score_U, self.units, method.sparsity, method.offset)
             self._decide(0)
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
@@ -427,7 +425,6 @@ class Tuning:
             "tuning_seconds": state["begin_seconds"] + last.get("seconds", 0.0),
             "best_step": state["best_step"],
             "validation_loss": state["best_loss"],
-            "start": state["start"],
             "freeze": state["freeze"],
             "zeroing": state["zeroing"],
             "warnings": health.alarms(state, self.control_steps, self.method.final_mask),
@@ -462,8 +459,7 @@ class Tuning:
             score_U = self._taylor()
         if method.shape == "uniform":
             return selection.uniform(score_U, units, method.sparsity, self.floors)
-        alike = dict.fromkeys(units.granularity, method.sparsity)
-        return selection.top_k(score_U, units, method.sparsity, self.floors, lost=alike)
+        return selection.top_k(score_U, units, method.sparsity, self.floors, by_kind=True)
 
     def _taylor(self) -> Tensor:
         """Scores [U] of the untuned model on the first training batches."""
@@ -473,15 +469,6 @@ class Tuning:
             self.model, self.book, len(self.units), batches, self.precision, checkpointing=method.checkpointing
         )
         return ranks.shared(score_U)
-
-    def _cheapest_split(self, score_U: Tensor) -> dict[str, float]:
-        """How much each kind of unit should lose: the split whose mask has the least loss on held-out rows."""
-        tried: list[tuple[float, dict[str, float]]] = []
-        for lost in selection.splits(self.units, self.method.sparsity):
-            self._set_mask(selection.top_k(score_U, self.units, self.method.sparsity, self.floors, lost=lost))
-            tried.append((self.held_loss(), lost))
-        self.state["start"] = [{"loss": loss, "lost": lost} for loss, lost in tried]
-        return min(tried, key=lambda one: one[0])[1]
 
     # --- masks and words ------------------------------------------------------------------------------------------
 
