@@ -30,8 +30,9 @@ from sentei.recipe import find_model
 
 SEARCH = PolicyGradient(granularity="channels", compensate="mean", reward="lm_loss")
 BY_DIVERGENCE = "+ searched by the divergence, not the loss"
-LONGER = "+ refit on 131,072 tokens"  # not set against peers, which calibrate on 8,192, but against the next
-LONGER_PEER = "wanda, channels only, on 131,072 tokens"
+# Beside the row above, not set against peers: they calibrate on 8,192 tokens, and the table's search is of channels.
+LONGER, LONGER_PEER = "+ refit on 131,072 tokens", "wanda, channels only, on 131,072 tokens"
+WHOLE = "+ whole sub-layers and heads too (32,768 tokens)"
 INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
     "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
     "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
@@ -43,6 +44,7 @@ INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, 
     "+ FLAP's or Wanda's order, by measuring": ("auto", True, "least-squares", 256, 0.3),
     BY_DIVERGENCE: ("auto", True, "least-squares", 256, 0.3),
     LONGER: ("auto", True, "least-squares", 1024, 0.3),
+    WHOLE: ("auto", True, "least-squares", 256, 0.3),
 }
 PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
 
@@ -109,8 +111,10 @@ def how(name: str) -> tuple[Any, tuple[str, ...], str]:
                 calibration_samples=blocks,
             )
             return equal, (compensation,), f"{init} order, equal widths"
-        reward = "kl" if name in (BY_DIVERGENCE, LONGER) else SEARCH.reward
+        reward = "kl" if name in (BY_DIVERGENCE, WHOLE, LONGER) else SEARCH.reward
         method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks, reward=reward)
+        if name == WHOLE:
+            method = replace(method, granularity="sublayers+heads+channels")
         return method, (compensation,), f"{init} order, searched by {reward}"
     method, compensations, _ = ROWS["wanda, channels only" if name == LONGER_PEER else name]
     if name != "greedy":
@@ -170,9 +174,10 @@ def grouped(table: dict[str, Any], healed: bool = False, of: str = "perplexity")
 def against_peers(
     table: dict[str, Any], sparsity: float, healed: bool = False
 ) -> dict[str, tuple[list[float], float, str]]:
-    """Text -> (seeds of the row with most ingredients but LONGER, mean of the best peer, its name), or nothing."""
+    """Text -> (seeds of the row with most ingredients, mean of the best peer, its name), or nothing."""
     groups = grouped(table, healed)
-    ours = [(sparsity, name) for name in INGREDIENTS if (sparsity, name) in groups and name != LONGER][-1:]
+    names = [name for name in INGREDIENTS if (sparsity, name) in groups and name not in (LONGER, WHOLE)]
+    ours = [(sparsity, name) for name in names][-1:]
     peers = [(sparsity, name) for name in PEERS if (sparsity, name) in groups]
     if not ours or not peers:
         return {}
