@@ -28,25 +28,43 @@ from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 
-SEARCH = PolicyGradient(granularity="channels", compensate="mean", reward="lm_loss")
-BY_DIVERGENCE = "+ searched by the divergence, not the loss"
+EQUAL = OneShot(criterion="flap", granularity="channels", scope="layer", correction=0.0, calibration_samples=64)
+SEARCH = PolicyGradient(  # what a row adds is told by its fields
+    granularity="channels", compensate="mean", reward="lm_loss", init="flap", correction=0.0, calibration_samples=64
+)
+MORE_TEXT = replace(SEARCH, calibration_samples=256)
+CORRECTED = replace(MORE_TEXT, correction=0.3)
+BY_MEASURING = replace(CORRECTED, init="auto")
+BY_DIVERGENCE = replace(BY_MEASURING, reward="kl")
 # Beside the row above, not set against peers: they calibrate on 8,192 tokens, and the table's search is of channels.
 LONGER, LONGER_PEER = "+ refit on 131,072 tokens", "wanda, channels only, on 131,072 tokens"
 WHOLE = "+ whole sub-layers and heads too (32,768 tokens)"
-INGREDIENTS: dict[str, tuple[str, bool, str, int, float]] = {  # order, search, compensation, blocks, correction
-    "FLAP's order, all but the search": ("flap", False, "least-squares", 256, 0.3),
-    "equal widths, FLAP's order": ("flap", False, "none", 64, 0.0),
-    "+ means of what goes": ("flap", False, "mean", 64, 0.0),
-    "+ search over widths": ("flap", True, "mean", 64, 0.0),
-    "+ refit on 8,192 tokens": ("flap", True, "least-squares", 64, 0.0),
-    "+ refit on 32,768 tokens": ("flap", True, "least-squares", 256, 0.0),
-    "+ 0.3 of the layers' errors made good": ("flap", True, "least-squares", 256, 0.3),  # not in every model
-    "+ FLAP's or Wanda's order, by measuring": ("auto", True, "least-squares", 256, 0.3),
-    BY_DIVERGENCE: ("auto", True, "least-squares", 256, 0.3),
-    LONGER: ("auto", True, "least-squares", 1024, 0.3),
-    WHOLE: ("auto", True, "least-squares", 256, 0.3),
+INGREDIENTS: dict[str, tuple[Any, str]] = {  # method, compensation
+    "FLAP's order, all but the search": (replace(EQUAL, correction=0.3, calibration_samples=256), "least-squares"),
+    "equal widths, FLAP's order": (EQUAL, "none"),
+    "+ means of what goes": (EQUAL, "mean"),
+    "+ search over widths": (SEARCH, "mean"),
+    "+ refit on 8,192 tokens": (SEARCH, "least-squares"),
+    "+ refit on 32,768 tokens": (MORE_TEXT, "least-squares"),
+    "+ 0.3 of the layers' errors made good": (CORRECTED, "least-squares"),  # not in every model
+    "+ FLAP's or Wanda's order, by measuring": (BY_MEASURING, "least-squares"),
+    "+ searched by the divergence, not the loss": (BY_DIVERGENCE, "least-squares"),
+    LONGER: (replace(BY_DIVERGENCE, calibration_samples=1024), "least-squares"),
+    WHOLE: (replace(BY_DIVERGENCE, granularity="sublayers+heads+channels"), "least-squares"),
 }
-PEERS = [name for name, (method, _, _) in ROWS.items() if isinstance(method, OneShot)]
+PEERS = {  # as they were published: without a refit
+    name: (
+        method if name == "greedy" else replace(method, calibration_samples=64),
+        tuple(each for each in compensations if each != "least-squares"),
+    )
+    for name, (method, compensations, _) in ROWS.items()
+    if isinstance(method, OneShot)
+}
+ALL_ROWS: dict[str, tuple[Any, tuple[str, ...]]] = {  # method, compensations tried
+    **{name: (method, (compensation,)) for name, (method, compensation) in INGREDIENTS.items()},
+    **PEERS,
+    LONGER_PEER: (replace(PEERS["wanda, channels only"][0], calibration_samples=1024), ("none", "mean")),
+}
 
 
 def main() -> None:
@@ -86,9 +104,9 @@ def main() -> None:
                 wanted = {(name, sparsity, seed, steps) for steps in (0, args.heal_steps)}
                 if wanted <= made or (seed and name in PEERS and ROWS[name][2] == 1):
                     continue
-                method, compensations, search = how(name)
+                method, compensations = ALL_ROWS[name]
                 method = replace(method, sparsity=sparsity, seed=seed)
-                kept = Path(args.masks) / f"{search}-{sparsity}-{seed}.pt"
+                kept = Path(args.masks) / f"{type(method).__name__}-{sparsity}-{seed}.pt"  # and what it depends on
                 pruned, found = prune(method, compensations, model, tokenizer, text, kept)
                 row = {"row": name, "sparsity": sparsity, "seed": seed} | found
                 if (name, sparsity, seed, 0) not in made:
@@ -96,30 +114,6 @@ def main() -> None:
                 if args.heal_steps:
                     Heal(steps=args.heal_steps, seed=seed).compress(pruned, tokenizer, text, teacher=parent)
                     add(out, table, row | {"heal_steps": args.heal_steps} | judged(pruned), "layers")
-
-
-def how(name: str) -> tuple[Any, tuple[str, ...], str]:
-    """A row's method, the compensations tried, and the name of its search, which several rows may share."""
-    if name in INGREDIENTS:
-        init, searched, compensation, blocks, correction = INGREDIENTS[name]
-        if not searched:
-            equal = OneShot(
-                criterion=init,
-                granularity="channels",
-                scope="layer",
-                correction=correction,
-                calibration_samples=blocks,
-            )
-            return equal, (compensation,), f"{init} order, equal widths"
-        reward = "kl" if name in (BY_DIVERGENCE, WHOLE, LONGER) else SEARCH.reward
-        method = replace(SEARCH, init=init, correction=correction, calibration_samples=blocks, reward=reward)
-        if name == WHOLE:
-            method = replace(method, granularity="sublayers+heads+channels")
-        return method, (compensation,), f"{init} order, searched by {reward}"
-    method, compensations, _ = ROWS["wanda, channels only" if name == LONGER_PEER else name]
-    if name != "greedy":
-        method = replace(method, calibration_samples=1024 if name == LONGER_PEER else 64)
-    return method, tuple(each for each in compensations if each != "least-squares"), name
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -144,7 +138,7 @@ def markdown(table: dict[str, Any]) -> str:
     lines = []
     groups = {healed: grouped(table, healed) for healed, _ in sides}
     scores = {healed: grouped(table, healed, "zero_shot_mean") for healed, _ in sides}
-    names = ["dense", *INGREDIENTS, *PEERS, LONGER_PEER]
+    names = ["dense", *ALL_ROWS]
     for sparsity in sorted({sparsity for sparsity, _ in groups[False]}):
         for name in names:
             if (sparsity, name) in groups[False]:
@@ -205,7 +199,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text-blocks", type=int, default=32, help="of each, drawn at random")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
-    parser.add_argument("--rows", nargs="+", choices=[*INGREDIENTS, *PEERS, LONGER_PEER])
+    parser.add_argument("--rows", nargs="+", choices=list(ALL_ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--masks", default="masks", help="folder to keep the searches in")
     parser.add_argument("--heal-steps", type=int, default=0)

@@ -1,6 +1,6 @@
 """Which layers should have LoRA? Every placement trained, and where those stand that each way to search chooses.
 
-    python benchmarks/placements.py --model MINILM --out results/placements-minilm.json --tasks stsb sst2 subj --seeds 3
+    python benchmarks/placements.py --model MINILM --out results/placements-minilm.json --seeds 2
     python benchmarks/placements.py --out results/placements-minilm.json --markdown
 
 Units are the paper's, LoRA on query and value of a layer, with `--keep` of them left. All sets of so many layers are
@@ -124,7 +124,8 @@ def markdown(table: dict[str, Any]) -> str:
         f"{s['epochs']:g} epochs, batch {s['batch_size']}; every placement trained once, and those that {seeds} seeds "
         "of each search chose (mean ± s.d.). A default may be chosen by validation rows, not by test rows."
     )
-    columns = [f"{part}: {of}" for part in CHECKED_ON for of in (*names, *["mean"][: len(names) - 1])]
+    shown_of = [*names, "mean"] if len(names) > 1 else names
+    columns = [f"{part}: {of}" for part in CHECKED_ON for of in shown_of]
     return shown(title, ["layers chosen by", *columns], lines)
 
 
@@ -132,7 +133,7 @@ def arguments() -> argparse.Namespace:
     parser = flags(__doc__)
     parser.add_argument("--model", default="minilm", help="folder, .gguf file or hub id")
     parser.add_argument("--name", help="of the model, in the table")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["stsb", "sst2", "subj"])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["stsb", "sst2", "subj", "pubmedqa"])
     parser.add_argument("--keep", type=int, default=2, help="layers that have LoRA")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3, help="of the searches")
