@@ -9,8 +9,9 @@ which keeps to max_search_ratio and may drop the warm-up. Units are the paper's,
 the method's default, a ladder of ranks in each layer, are in the rows with "ranks". The budget ("at B") is a share,
 half without --budget-share, of the smaller of LoRA everywhere and adapters everywhere, in parameters; heads are counted
 apart. Scores are on test rows, which nothing was chosen on;
-with --grid each configuration's learning rate is chosen on validation rows with the first seed, without it --lr is that
-of all rows of a run; each row says its own. Rows are appended as they are made; a second run makes the missing ones.
+with --grid each configuration's learning rate is chosen on validation rows with the first seed, without it --full-lr,
+--everywhere-lr and --lr are those of full fine-tuning, of modules everywhere at full size, and of all others; each row
+says its own. Rows are appended as they are made; a second run makes the missing ones.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ TASKS: dict[str, tuple[Any, str, str | None, str, str]] = {
 }  # fmt: skip
 DEFAULT_TASKS = ("cola", "sst2", "mrpc", "stsb", "subj", "boolq", "pubmedqa")
 HALF = PrunePEFT.budget  # of the smaller kind: --budget-share
-FULL, LORA, ADAPTERS = "full fine-tuning", "LoRA everywhere", "adapters everywhere"
+FULL, LORA, ADAPTERS, BOTH = "full fine-tuning", "LoRA everywhere", "adapters everywhere", "both everywhere"
+EVERYWHERE = (LORA, ADAPTERS, BOTH)
 REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
 
 Made = tuple[Any, Bench, dict[str, Any]]
@@ -122,7 +124,7 @@ def read(name: str, args: argparse.Namespace) -> examples.Examples:
 def choose_lr(configuration: str, base: PrunePEFT, model: Any, tokenizer: Any, rows: Any, args: Any) -> float:
     full = configuration == FULL
     if not args.grid:
-        return args.full_lr if full else args.lr
+        return args.full_lr if full else args.everywhere_lr if configuration in EVERYWHERE else args.lr
     rates = [rate / 10 for rate in args.grid] if full else args.grid
     first = replace(base, seed=0)
     values = {
@@ -249,7 +251,7 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     FULL: full,
     LORA: everywhere(of_kind(True)),
     ADAPTERS: everywhere(of_kind(False)),
-    "both everywhere": everywhere(lambda method, model: method.space(model)),
+    BOTH: everywhere(lambda method, model: method.space(model)),
     REFERENCE: everywhere(thinner(True)),
     "adapters everywhere at B": everywhere(thinner(False)),
     CHANCE: searched(assignment="random"),
@@ -362,7 +364,7 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
 
 
 def arguments() -> argparse.Namespace:
@@ -374,6 +376,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     training_flags(parser)
     parser.add_argument("--full-lr", type=float, default=1e-4)
+    parser.add_argument("--everywhere-lr", type=float, default=1e-3)
     parser.add_argument("--grid", type=float, nargs="+", help="rates to choose from for PEFT; a tenth of them for full")
     parser.add_argument("--precision", default="auto")
     parser.add_argument(
