@@ -12,6 +12,7 @@
     random-mask       the same with random units
     atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
+    atp-searched      the next row, its masks starting near what policy-gradient keeps, a quarter of the steps for them
     atp-refit, fixed-mask-refit       least squares at the freeze, on as many tokens as the rivals' calibration
     taylor-refit, wanda-refit         least squares after the cut, as policy gradient does by default
     fixed-mask-healed the same teacher and tokens for the Taylor mask
@@ -61,7 +62,7 @@ from sentei.train import resolve_precision
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
 METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-healed")
 MORE = (
-    "atp-near", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample",
+    "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample",
     "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
@@ -163,8 +164,16 @@ def make(
         method = replace(method, steps=args.steps + decided, slice_rows=0)
     started = time.monotonic()
     found: dict[str, Any] = {}
+    searched = Path(args.out).with_suffix(".searched")
     if name in TWO_STAGE:
-        found["prune_seconds"] = prune(name, sparsity, seed, small, tokenizer, examples.train, method, args)
+        found["prune_seconds"] = prune(name, sparsity, seed, small, tokenizer, examples.train, method, args)["seconds"]
+    elif name == "atp-searched":
+        pruned = copy.deepcopy(model)
+        record = prune("policy-gradient", sparsity, seed, pruned, tokenizer, examples.train, method, args)
+        found["prune_seconds"] = record["seconds"]
+        searched.mkdir(exist_ok=True)
+        (searched / "compression.json").write_text(json.dumps({"stages": [{"record": {"kept": record["kept"]}}]}))
+        del pruned
     variant = {
         "fixed-mask": {"mask": "taylor"},
         "fixed-mask-healed": {"mask": "taylor", "heal_steps": args.heal_steps},
@@ -172,6 +181,7 @@ def make(
         "atp": {},
         "atp-healed": {"heal_steps": args.heal_steps},
         "atp-near": {"start": "taylor"},
+        "atp-searched": {"start": str(searched), "compensate": "least-squares", "control_fraction": 0.25},
         "atp-refit": {"start": "taylor", "compensate": "least-squares"},
         "fixed-mask-refit": {"mask": "taylor", "compensate": "least-squares"},
         "atp-last-sample": {"final_mask": "last_sample"},
@@ -213,9 +223,8 @@ def prune(
     rows: list[prompts.Row],
     tuned: ATP,
     args: argparse.Namespace,
-) -> float:
-    """Prune in place, calibrated on the training rows as text, to the same number of parameters as ATP."""
-    started = time.monotonic()
+) -> dict[str, Any]:
+    """Prune in place, calibrated on the training rows as text, to the same number of parameters as ATP; the record."""
     texts = prompts.rows_as_text(rows, prompts.Template(tokenizer, args.template))
     cut = max(1, len(texts) // 10)
     text = Text(texts[cut:], texts[:cut], [], "rows", "")
@@ -233,8 +242,7 @@ def prune(
         criterion, _, refits = name.partition("-")
         scope, compensate = "family" if criterion == "taylor" else "layer", "least-squares" if refits else "none"
         method = OneShot(criterion=criterion, scope=scope, compensate=compensate, **fields)
-    method.compress(model, tokenizer, text)
-    return time.monotonic() - started
+    return method.compress(model, tokenizer, text)
 
 
 # --- time and memory ------------------------------------------------------------------------------------------------

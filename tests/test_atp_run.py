@@ -265,6 +265,25 @@ def test_a_start_by_taylor_scores(words, examples):
     assert kept["dense"] > 0.8 and abs(kept["taylor"] - 0.6) < 0.15, kept
 
 
+def test_a_start_from_what_another_checkpoint_kept(words, examples, tmp_path):
+    """A generator that hardly moves ends at that mask; one of another model is refused before anything is trained."""
+    how = short(start=str(tmp_path), round_channels=1, generator_lr=1e-6)
+    units = how.units_of(toy())
+    score_U = torch.rand(len(units), generator=torch.Generator().manual_seed(1))
+    keep_U = how.select(score_U, units)
+    file = tmp_path / "compression.json"
+    file.write_text(json.dumps({"stages": [{"record": {"kept": structure.kept(units, keep_U)}}, {"record": {}}]}))
+    record = how.compress(toy(), words, examples)
+    assert record["kept"] == structure.kept(units, keep_U)
+    with pytest.raises(ValueError, match=r"start: .* is not of this model and its units: .* in 3 layers"):
+        how.compress(toy(num_hidden_layers=3), words, examples)
+    file.write_text(json.dumps({"stages": [{"record": {}}]}))
+    with pytest.raises(ValueError, match="tells of 0 stages that removed units"):
+        how.compress(toy(), words, examples)
+    with pytest.raises(ValueError, match="a folder that sentei has written; got 'nowhere'"):
+        short(start="nowhere").compress(toy(), words, examples)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

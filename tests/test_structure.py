@@ -289,3 +289,32 @@ def test_no_trace_after_an_exception(tokens):
         raise RuntimeError
     assert all("forward" not in layer.__dict__ for layer in structure.layers(model))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_an_account_of_a_mask_gives_the_mask_back():
+    units = structure.units(tiny_model("llama"), "heads+channels")
+    for share in (0.0, 0.5, 1.0):
+        keep_U = random_keep(units, share=share)
+        assert torch.equal(structure.kept_mask(units, structure.kept(units, keep_U)), keep_U)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda account: account.pop("layers"), "expected an account of heads.channels in 4 layers"),
+        (lambda account: account.update(granularity="heads"), "found heads"),
+        (lambda account: account["layers"].pop(), "in 4 layers"),
+        (lambda account: account["layers"][1]["channels"].update(of=7), "7 in the account"),
+        (lambda account: account["layers"][1]["channels"].update(kept=1), "layer 1 has"),
+        (lambda account: account["layers"][0]["channels"].update(units="0-99999999"), "names no units"),
+        (lambda account: account["layers"][0]["channels"].update(units="5-2"), "names no units"),
+        (lambda account: account["layers"][0]["heads"].update(units="-1"), "names no units"),
+        (lambda account: account["layers"][0]["heads"].update(units=["attention"]), "names no units"),
+    ],
+)
+def test_accounts_of_something_else(change, message):
+    units = structure.units(tiny_model("llama"), "heads+channels")
+    account = structure.kept(units, random_keep(units))
+    change(account)
+    with pytest.raises(ValueError, match=message):
+        structure.kept_mask(units, account)

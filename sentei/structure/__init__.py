@@ -46,6 +46,7 @@ from sentei.structure.removable import (
     channel_costs,
     columns,
     kept,
+    kept_mask,
     parse_granularity,
     units,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "is_causal",
     "keep_channels",
     "kept",
+    "kept_mask",
     "layer_parameters",
     "layers",
     "parse_granularity",

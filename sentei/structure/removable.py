@@ -167,6 +167,43 @@ def kept(units: Units, keep_U: Tensor) -> dict[str, Any]:
     return {"granularity": "+".join(units.granularity), "layers": account}
 
 
+def kept_mask(units: Units, account: dict[str, Any]) -> Tensor:
+    """The mask, [U] bool, of which `kept` gave an account: units inside the layers of a model of the same sizes.
+
+    Raises:
+        ValueError: an account of other units, layers or sizes, or none at all.
+    """
+    asked = "+".join(units.granularity)
+    layers = account.get("layers") if isinstance(account, dict) else None
+    if not isinstance(layers, list) or account.get("granularity") != asked or len(layers) != units.num_layers:
+        found = account.get("granularity") if isinstance(account, dict) else None
+        raise ValueError(f"expected an account of {asked} in {units.num_layers} layers; found {found}")
+    keep_U = torch.zeros(len(units), dtype=torch.bool)
+    for number, entry in enumerate(layers):
+        for kind in units.granularity:
+            of, found = units.of(number, kind), entry.get(kind, {})
+            stays = _numbers(str(found.get("units", "")), len(of))
+            if found.get("of") != len(of) or found.get("kept") != len(stays):
+                raise ValueError(f"layer {number} has {len(of)} {kind} here, {found.get('of')} in the account")
+            keep_U[of[torch.isin(units.index_U[of], torch.tensor(stays, dtype=torch.long))]] = True
+    return keep_U
+
+
+def _numbers(runs: str, below: int) -> list[int]:
+    """What `_runs` has written.
+
+    Raises:
+        ValueError: something else, or a number that is not below `below`.
+    """
+    numbers: list[int] = []
+    for run in filter(None, runs.split(",")):
+        first, _, last = run.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) < below):
+            raise ValueError(f"{run!r} names no units of {below}")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
 def _runs(numbers: list[int]) -> str:
     runs: list[list[int]] = []
     for number in numbers:

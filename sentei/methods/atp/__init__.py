@@ -27,6 +27,7 @@ rows, and everything from the merge on.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 import warnings
@@ -51,6 +52,7 @@ from sentei.structure import Units
 from sentei.train import processes, resolve_precision
 
 MASKS = ("learned", "taylor", "random", "none")
+STARTS = ("dense", "taylor")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
 COMPENSATIONS = ("none", "least-squares")
@@ -99,7 +101,10 @@ class ATP:
     generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
     start: str = option(
-        "dense", "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model", CODE
+        "dense",
+        "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model; or a folder: "
+        "near what was kept of the same model when policy_gradient or another method made this checkpoint",
+        CODE,
     )
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
     offset: float = option(3.0, "added to every logit, which are near 0 at first: the run starts dense", CODE)
@@ -178,11 +183,16 @@ class ATP:
         for name, known in (
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
-            ("mask_in_loss", ("soft", "hard")), ("start", ("dense", "taylor")), ("precision", ("auto", "fp32", "bf16")),
+            ("mask_in_loss", ("soft", "hard")), ("precision", ("auto", "fp32", "bf16")),
             ("compensate", COMPENSATIONS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.start not in STARTS and not (Path(self.start) / "compression.json").is_file():
+            raise ValueError(
+                f"start is {', '.join(STARTS)}, or a folder that sentei has written; got {self.start!r}, without a "
+                "compression.json"
+            )
         if self.units == "head-dims+channels" and self.shape == "uniform":
             raise ValueError(
                 "a plain architecture would recompute RoPE frequencies and attention scale for the new head size; use "
@@ -253,6 +263,7 @@ class ATP:
         units = self.units_of(model)
         floors = self._floors(units)
         self.select(torch.zeros(len(units)), units)
+        self.start_mask(units)
         data, counts = self._data(tokenizer, examples)
         if self.compensate != "none":
             check_tokens(self, model, units, data.train)
@@ -334,6 +345,24 @@ class ATP:
             "seconds": time.monotonic() - began,
             "seen_prompts": prompts.seen([*examples.train, *examples.validation]),
         }
+
+    def start_mask(self, units: Units) -> Tensor | None:
+        """What the checkpoint that `start` names has kept of the same model, [U] bool; None where it names none.
+
+        Raises:
+            ValueError: it was made of a model of other sizes, or by removing other units.
+        """
+        if self.start in STARTS:
+            return None
+        where = Path(self.start) / "compression.json"
+        stages = json.loads(where.read_text(encoding="utf-8")).get("stages", [])
+        accounts = [record["kept"] for stage in stages if "kept" in (record := stage.get("record", {}))]
+        if len(accounts) != 1:
+            raise ValueError(f"start: {where} tells of {len(accounts)} stages that removed units; expected one")
+        try:
+            return structure.kept_mask(units, accounts[0])
+        except ValueError as error:
+            raise ValueError(f"start: {where} is not of this model and its units: {error}") from error
 
     def _in_words(self, units: Units, total: int, data: Data) -> str:
         """Sparsity is what goes, not what stays: said before the work begins."""

@@ -14,6 +14,8 @@ from sentei.structure import KINDS, Units
 from sentei.train import evaluating, mix
 
 EMBEDDING = 64
+START_MARGIN = 3.0  # of the logits of a given mask; P(keep) is then 1 - 1e-6 and 0.03
+BORDER = math.log(math.log(2))  # the logit, without the offset, at which P(keep) is 0.5
 START_SLOPE = 8.0  # of the logits from the worst unit of a kind to its best; Gumbel noise has a deviation of 1.3
 
 
@@ -102,7 +104,12 @@ def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float) 
         place = torch.empty(len(of))
         place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
         logits_U[of] = START_SLOPE * (place - sparsity)
-    return logits_U + math.log(math.log(2)) - offset
+    return logits_U + BORDER - offset
+
+
+def start_near(keep_U: Tensor, offset: float) -> Tensor:
+    """Logits with which what a mask keeps is kept surely, and what it drops is dropped nearly so."""
+    return torch.where(keep_U, START_MARGIN, -START_MARGIN) + BORDER - offset
 
 
 def budget_loss(kept: Tensor, wanted: float) -> Tensor:

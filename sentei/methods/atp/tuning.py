@@ -188,6 +188,8 @@ class Tuning:
             if self.method.start == "taylor":
                 score_U, method = self._taylor(), self.method
                 self.generator.start_U = decisions.start_logits(score_U, self.units, method.sparsity, method.offset)
+            elif (keep_U := self.method.start_mask(self.units)) is not None:
+                self.generator.start_U = decisions.start_near(keep_U, self.method.offset)
             self._decide(0)
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
