@@ -11,6 +11,7 @@ dense, same ...  A's output, fine-tuned with the teacher by the recipe of the sp
 prune once       the method: pruned in pre-training with the teacher, pattern locked; then int8
 ..., hidden ...  the same, hidden states in its loss
 ..., fitted      that, from a start that is fitted to the teacher by least squares at the final sparsity
+layers alone     from that start the distance of hidden states only, on short blocks (--hidden-...): no head, no stage A
 fitted alone     this start, without the pre-training
 1x4              the method in blocks of four
 one-shot         (a) A's output pruned at once by magnitude, then fine-tuned with the pattern locked
@@ -41,7 +42,7 @@ from sentei import checkpoint, structure
 from sentei.checkpoint import sparse, zeros
 from sentei.methods.prune_once import lock, pattern
 from sentei.methods.prune_once.tasks import Task, kind_of
-from sentei.recipe import make_method
+from sentei.recipe import find_model, make_method
 
 KINDS = (
     "dense",
@@ -49,6 +50,7 @@ KINDS = (
     "prune once",
     "prune once, hidden states too",
     "prune once, fitted",
+    "layers alone",
     "fitted alone",
     "1x4",
     "one-shot",
@@ -59,7 +61,7 @@ KINDS = (
 )
 GIVEN = ("data", "text_field")  # to `compress`, not to the method
 SPARSE = tuple(kind for kind in KINDS if not kind.startswith("dense") and kind != "small dense")
-QUANTISED = ("prune once", "prune once, hidden states too", "prune once, fitted", "1x4")
+QUANTISED = ("prune once", "prune once, hidden states too", "prune once, fitted", "layers alone", "1x4")
 
 
 def tasks(root: Path) -> dict[str, dict[str, Any]]:
@@ -151,6 +153,8 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
         fields["epochs"] += pretraining_epochs(args, task, seed)
     if kind in ("small dense", "dense, same recipe"):
         fields |= {"lock": False}
+    if kind != "small dense":  # it has not the teacher's layers
+        fields["kd_hidden"] = args.task_kd_hidden
     once(place, lambda: sentei.compress(start, method="prune_once_transfer", teacher=teacher, out=place, **fields))
     record = record_of(place)
     row = {name: record[name] for name in ("scores", "metric", "mask_sha256")} | sizes(place)
@@ -209,6 +213,9 @@ def pretraining(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def teacher_of(args: argparse.Namespace) -> Path:
+    """A's output; the model itself where A has no steps."""
+    if not args.teacher_steps:
+        return Path(find_model(args.model))
     place = Path(args.work) / "teacher"
     fields = pretraining(args) | {"steps": args.teacher_steps, "train": args.teacher_train}
     fields["lr"] = args.teacher_lr or args.pretrain_lr
@@ -230,10 +237,17 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
         fields["pattern"] = "1x4"
     if kind in ("prune once, hidden states too", "prune once, fitted"):
         fields["kd_hidden"] = args.kd_hidden
-    if "fitted" in kind:
+    if "fitted" in kind or kind == "layers alone":
         fields["start"] = "fit"
+    if kind == "layers alone":
+        fields |= {
+            "objective": "hidden", "steps": args.hidden_steps, "batch_size": args.hidden_batch_size,
+            "seq_len": args.hidden_seq_len, "lr": args.hidden_lr,
+        }  # fmt: skip
     if kind == "fitted alone":
         fields |= {"steps": 1, "lr": 1e-12}
+        if not args.teacher_steps:  # no head to train
+            fields["objective"] = "hidden"
     if kind == "no distillation":
         fields |= {"kd_hard": 1.0, "kd_soft": 0.0}
     return once(place, lambda: sentei.compress(teacher, method="prune_once_student", out=place, **fields))
@@ -302,9 +316,12 @@ def markdown(table: dict[str, Any]) -> str:
     names = [(task, metric) for task in first for metric in SHOWN.get(task, (first[task],))]
     how = table["settings"]
     trained = {"all": "all weights", "head": "the head alone"}[how.get("teacher_train", "all")]
+    steps = f"stage A trains {trained}, {how['teacher_steps']} steps, stage B has {how['steps']}"
+    if not how["teacher_steps"]:
+        steps = f"no stage A, stage B has {how['hidden_steps']} steps on the layers alone"
     lines = [
-        f"{table['model']}; {table['machine']}; stage A trains {trained}, {how['teacher_steps']} steps, stage B has "
-        f"{how['steps']}; up to {how['limit']} training rows; test rows, mean ± standard deviation over seeds",
+        f"{table['model']}; {table['machine']}; {steps}; up to {how['limit']} training rows; test rows, mean ± "
+        "standard deviation over seeds",
         "",
     ]
     lines += ["| | sparse | " + " | ".join(" ".join(of) for of in names) + " |", "|---|---|" + "---|" * len(names)]
@@ -365,11 +382,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(tasks(Path())))
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.8, 0.85, 0.9])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--teacher-steps", type=int, default=300, help="of stage A; 0: the model is the teacher")
     parser.add_argument("--teacher-train", default="all", help="all, or head")
     parser.add_argument("--teacher-lr", type=float, help="default: --pretrain-lr")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--kd-hidden", type=float, default=10.0, help="of the row with hidden states")
+    parser.add_argument("--hidden-steps", type=int, default=400, help="of the row of the layers alone")
+    parser.add_argument("--hidden-batch-size", type=int, default=32)
+    parser.add_argument("--hidden-seq-len", type=int, default=32)
+    parser.add_argument("--hidden-lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--pretrain-lr", type=float, default=1e-4)
@@ -381,6 +402,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", default="int8")
     parser.add_argument("--no-int8", action="store_true")
     parser.add_argument("--task-seq-len", type=int, default=64)
+    parser.add_argument("--task-kd-hidden", type=float, default=0.0, help="of the layers of the task's teacher")
     parser.add_argument("--limit", type=int, help="training rows of a task")
     parser.add_argument("--held-limit", type=int, help="validation and test rows of a task")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints of tasks")

@@ -10,7 +10,7 @@ Shape legend: B batch, T positions, N targets (positions with a target, of all r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sentei import structure
-from sentei.train import IGNORE, Batch, autocast, evaluating
+from sentei.train import IGNORE, Batch, LossFunction, autocast, evaluating
 
 Pairs = tuple[tuple[int, int], ...]
 """(layer of the student, layer of the teacher) whose outputs should agree."""
@@ -222,17 +222,60 @@ class HiddenDistillation(Distillation):
     def with_outputs(self, student: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Any, Any]:
         if self.teacher is None or not self.hidden_weight or not self.pairs:
             return super().with_outputs(student, batch)
-        layers, taught = zip(*self.pairs, strict=True)
-        with _seen(student, layers) as ours, _seen(self.teacher, taught) as theirs:
+        with comparing(student, self.teacher, self.pairs) as distances:
             losses, *outputs = super().with_outputs(student, batch)
-        mask_BT = batch.get("attention_mask", torch.ones_like(batch["targets"])).bool()
-        if structure.is_causal(student):  # activations are huge at a decoder's first position
-            mask_BT = mask_BT & (torch.arange(mask_BT.shape[1], device=mask_BT.device) > 0)
-        # A tensor made in inference mode may not be kept for a backward pass; its clone may.
-        each = [hidden_loss(ours[s], theirs[t].clone(), mask_BT) for s, t in self.pairs]
-        hidden = torch.stack(each).mean()
+        hidden = torch.stack(distances(batch)).mean()
         losses |= {"loss": losses["loss"] + self.hidden_weight * hidden, "hidden": hidden.detach()}
         return losses, *outputs
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The mean over `pairs` of `hidden_loss`, as "loss": of the layers alone, whatever stands on them or nothing.
+
+    The output of a pooler counts as one more layer.
+
+    Attributes:
+        teacher: in eval mode; it sees the same inputs, in inference mode.
+    """
+
+    teacher: nn.Module
+    pairs: Pairs
+
+    def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        inputs: Any = {name: x for name, x in batch.items() if name != "targets"}
+        if structure.is_causal(student):
+            inputs["use_cache"] = False
+        with comparing(student, self.teacher, self.pairs) as distances:
+            output = structure.base_model(student)(**inputs)
+            with torch.inference_mode():
+                expected = structure.base_model(self.teacher)(**inputs)
+        each = distances(batch)
+        if (pooled_BH := output.get("pooler_output")) is not None:
+            of_all_B1 = torch.ones(len(pooled_BH), 1, dtype=torch.bool, device=pooled_BH.device)
+            each.append(hidden_loss(pooled_BH[:, None], expected.pooler_output.clone()[:, None], of_all_B1))
+        return {"loss": torch.stack(each).mean()}
+
+
+def same_layers(model: nn.Module) -> Pairs:
+    """Every layer with that of the same number."""
+    return tuple((number, number) for number in range(len(structure.layers(model))))
+
+
+@contextlib.contextmanager
+def comparing(student: nn.Module, teacher: nn.Module, pairs: Pairs) -> Iterator[Callable[[Batch], list[Tensor]]]:
+    """Inside the block both models read a batch; the function then gives `hidden_loss` of every pair on it."""
+    layers, taught = zip(*pairs, strict=True)
+    with _seen(student, layers) as ours, _seen(teacher, taught) as theirs:
+
+        def distances(batch: Batch) -> list[Tensor]:
+            mask_BT = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            if structure.is_causal(student):  # activations are huge at a decoder's first position
+                mask_BT = mask_BT & (torch.arange(mask_BT.shape[1], device=mask_BT.device) > 0)
+            # A tensor made in inference mode may not be kept for a backward pass; its clone may.
+            return [hidden_loss(ours[s], theirs[t].clone(), mask_BT) for s, t in pairs]
+
+        yield distances
 
 
 def hidden_loss(student_BTH: Tensor, teacher_BTH: Tensor, mask_BT: Tensor) -> Tensor:
@@ -257,9 +300,9 @@ def _seen(model: nn.Module, numbers: Iterable[int]) -> Iterator[dict[int, Tensor
 
 @torch.no_grad()
 def held_out(
-    model: nn.Module, batches: Iterable[Batch], precision: str, teacher: nn.Module | None = None
+    model: nn.Module, batches: Iterable[Batch], precision: str, loss: LossFunction | None = None
 ) -> dict[str, float]:
-    """Means over the targets of held-out batches, nats: "ce" and, with a teacher, "kl"."""
+    """Means over the targets of held-out batches of what a loss gives; without one "ce" alone, nats."""
     sums: dict[str, float] = {}
     count = 0
     device = next(model.parameters()).device
@@ -267,8 +310,8 @@ def held_out(
         for batch in batches:
             targets = int((batch["targets"] != IGNORE).sum())
             with autocast(precision, device):
-                parts = Distillation(teacher)(model, {name: x.to(device) for name, x in batch.items()})
-            for name in parts.keys() - {"loss"}:
+                parts = (loss or Distillation())(model, {name: x.to(device) for name, x in batch.items()})
+            for name in parts:
                 sums[name] = sums.get(name, 0.0) + float(parts[name]) * targets
             count += targets
     return {name: total / max(count, 1) for name, total in sums.items()}

@@ -60,6 +60,7 @@ class Settings:
         accumulate: micro-batches per optimiser step, weighted by their targets: equal to one large batch.
         precision: "fp32", "bf16" (autocast; trained weights stay fp32), or "auto": bf16 where the device has it.
         checkpointing: recompute activations in the backward pass instead of keeping them.
+        dropout: off keeps the model in evaluation mode: what is learnt to agree with a teacher needs no noise.
         save_every: optimiser steps between checkpoints; the last step is always saved.
         patience: steps in a row that may have a non-finite loss or gradient (they are skipped) before the run stops.
     """
@@ -76,6 +77,7 @@ class Settings:
     accumulate: int = 1
     precision: str = "auto"
     checkpointing: bool = False
+    dropout: bool = True
     save_every: int = 50
     patience: int = 3
     seed: int = 0
@@ -303,7 +305,7 @@ def train(
     try:
         while not _finished(settings, step, time.monotonic() - started, last_seconds if step else 0.0):
             begun = time.monotonic()
-            model.train()
+            model.train(settings.dropout)
             # The middle of the step, so that neither the first nor the last step has a rate of zero.
             lr = learning_rate(settings, _progress(settings, step + 0.5, begun - started + 0.5 * last_seconds))
             if rate is not None:

@@ -1,5 +1,6 @@
 """Prune Once for All, stage by stage on tiny models: what is sparse stays sparse, what is killed goes on."""
 
+import copy
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenize
 import sentei
 from sentei import checkpoint, data, structure
 from sentei.checkpoint import sparse
-from sentei.distill import Distillation, HiddenDistillation, hidden_loss
+from sentei.distill import Distillation, HiddenDistillation, HiddenStates, hidden_loss
 from sentei.importance import SecondMoments
 from sentei.methods.prune_once import fit, lock, pattern, pretrain
 from sentei.methods.prune_once.next_sentence import NextSentence, pairs
@@ -121,6 +122,26 @@ def test_losses_do_not_see_padding(kind, tokens):
         assert float(loss(student, padded)[name].detach()) == pytest.approx(float(value.detach()), abs=1e-5), name
 
 
+@pytest.mark.parametrize("kind", ["classification", "qa", "clm"])
+def test_the_layers_of_a_tasks_teacher(kind, tokens):
+    """The loss of the logits, and the weight times the distance that the models' own hidden states give."""
+    family = "llama" if kind == "clm" else "bert"
+    student, teacher = (with_head(kind, family) if kind != "clm" else tiny_model(family) for _ in range(2))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += 0.02
+    batch = batch_for("mlm" if kind == "clm" else kind, tokens)
+    plain, found = (TaskLoss(kind, teacher.eval(), hidden=weight)(student.eval(), batch) for weight in (0.0, 3.0))
+    inputs = {name: x for name, x in batch.items() if name != "targets"}
+    mine, theirs = (m(**inputs, output_hidden_states=True).hidden_states[1:] for m in (student, teacher))
+    mask = batch["attention_mask"].bool()
+    if kind != "clm":  # a decoder's last hidden state is after the final norm
+        expected = torch.stack([hidden_loss(m, t, mask) for m, t in zip(mine, theirs, strict=True)]).mean()
+        torch.testing.assert_close(found["hidden"], expected)
+    torch.testing.assert_close(found["loss"], plain["loss"] + 3 * found["hidden"])
+    assert "hidden" not in plain and float(found["hidden"]) > 0
+
+
 def test_the_distance_of_hidden_states():
     teacher = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]])
     student = torch.tensor([[[9.0, 9.0], [1.0, 1.0], [0.0, 0.0]]])
@@ -157,6 +178,32 @@ def test_a_student_nearer_to_its_teachers_layers(words, text):
         distances[weight] = float(hidden_loss(mine, theirs, torch.ones_like(ids).bool()))
         assert ("hidden" in record["history"][-1]) == bool(weight)
     assert distances[10.0] < 0.8 * distances[0.0], distances
+
+
+def test_the_layers_alone(words, text):
+    """No head is needed, the pooler learns as well, and dropout is off: the distance of a copy is 0."""
+    torch.manual_seed(0)
+    config = tiny_model("bert").config
+    teacher = BertModel(config).eval()
+    for matrix in lock.prunable(teacher).values():
+        matrix.data *= 10  # so that its layers say something
+    student = copy.deepcopy(teacher).train()
+    same = tuple((number, number) for number in range(config.num_hidden_layers))
+    batch = {"input_ids": data.blocks(text.validation, words, 16)[:2]}
+    batch["targets"] = batch["input_ids"]
+    assert float(HiddenStates(teacher, same)(student.eval(), batch)["loss"]) == 0
+    student.pooler.dense.bias.data += 1.0
+    ours, theirs = (model(batch["input_ids"]).pooler_output for model in (student, teacher))
+    expected = ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean() / (len(same) + 1)
+    assert float(HiddenStates(teacher, same)(student, batch)["loss"]) == pytest.approx(float(expected), rel=1e-5)
+
+    model = copy.deepcopy(teacher)
+    method = Student(objective="hidden", start="fit", steps=60, sparsity=0.7, **FEW)
+    record = method.compress(model, words, text)
+    before, fitted, *_, after = [line["validation_loss"] for line in record["history"]]
+    assert before == 0 and after < 0.85 * fitted, record["history"]
+    assert record["objective"] == "hidden" and type(model) is BertModel and model.pooler is not None
+    assert record["sparsity"] == pytest.approx(0.7, abs=0.01)
 
 
 def test_chunks_make_no_difference_and_equal_the_full_loss(tokens):
@@ -461,6 +508,11 @@ def test_bad_fields(fields, message):
         Student(**fields)
 
 
+def test_a_teacher_has_no_teacher():
+    with pytest.raises(ValueError, match="needs a teacher, which stage A makes"):
+        Teacher(objective="hidden")
+
+
 # --- stage C, and the commands --------------------------------------------------------------------------------------
 
 
@@ -608,6 +660,28 @@ def test_pruned_on_the_task(parent, rows, words):
     assert not (model.bert.pooler.dense.weight == 0).any()  # new with the head: it stays dense, as elsewhere
     with pytest.raises(ValueError, match="only with lock off"):
         Transfer(prune=0.5)
+
+
+def test_a_student_of_a_task_nearer_to_its_teachers_layers(student, rows, words, tmp_path):
+    """Layers of the task's teacher are learnt too, without dropout; nothing to say where there is no teacher."""
+    fields = {"epochs": 4, "batch_size": 4, "seq_len": 16, "lr": 3e-3, "metric": "accuracy"}
+    made = Transfer(**fields).read(str(rows), "sentence")
+
+    def load():
+        return checkpoint.load(student, **Transfer(**fields).head(made))[0]
+
+    teacher, last = load(), {}
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+    for weight in (0.0, 10.0):
+        record = Transfer(**fields, kd_hidden=weight).compress(load(), words, made, teacher=teacher)
+        last[weight] = record["history"][-1]
+    assert "hidden" not in last[0.0] and last[10.0]["hidden"] < 0.5
+    with pytest.raises(ValueError, match="give one"):
+        Transfer(**fields, kd_hidden=1.0).compress(load(), words, made)
+    with pytest.raises(ValueError, match="on top of kd_soft"):
+        Transfer(**fields, kd_hidden=1.0, kd_soft=0.0, kd_hard=1.0)
 
 
 def test_teacher_must_fit(student, rows, words):

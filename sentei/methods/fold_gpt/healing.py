@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import folding, lora, structure
-from sentei.distill import HiddenDistillation, Pairs, held_out
+from sentei.distill import Distillation, HiddenDistillation, Pairs, held_out
 from sentei.methods import Progress
 from sentei.train import Batch, Settings, causal_batch, processes, resolve_precision, shuffled, train
 
@@ -164,5 +164,5 @@ def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _measure(model: nn.Module, loss: HiddenDistillation, held: list[Batch], precision: str) -> dict[str, float]:
-    found = held_out(model, held, precision, loss.teacher)
-    return {"loss": found.pop("ce"), **found}
+    found = held_out(model, held, precision, Distillation(loss.teacher))
+    return {"loss": found["ce"], "kl": found["kl"]}

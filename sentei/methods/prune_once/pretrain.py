@@ -9,6 +9,7 @@ B. `Student`, which starts as a copy of the teacher (or, with `start="fit"`, at 
    3. between two masks the zeros stay zeros                                               `Lock`
    The loss is hard * CE + soft * t^2 KL(teacher || student), the KL at every position     `Distillation`
    and, where asked for, the distance of every layer's output from the teacher's           `HiddenDistillation`
+   or, with objective="hidden", this distance alone: no head is needed, and no stage A     `HiddenStates`
    The learning rate is wound back at every mask and falls once at the end                 `Schedule.rate`
 
 The paper's loss of BERT also predicts the next sentence; here that is `objective="mlm_nsp"`, for models with that head.
@@ -30,7 +31,7 @@ import transformers
 from torch import Tensor, nn
 
 from sentei import data, structure
-from sentei.distill import Distillation, HiddenDistillation, held_out
+from sentei.distill import Distillation, HiddenDistillation, HiddenStates, held_out, same_layers
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once import pattern as patterns
@@ -49,7 +50,7 @@ from sentei.train import (
     train,
 )
 
-OBJECTIVES = ("auto", "mlm", "mlm_nsp", "clm")
+OBJECTIVES = ("auto", "mlm", "mlm_nsp", "clm", "hidden")
 PRESETS: dict[str, dict[str, float]] = {
     "paper": {"steps": 100_000, "batch_size": 256, "seq_len": 512, "lr": 5e-5},
     "small_gpu": {"steps": 10_000, "batch_size": 128, "seq_len": 256, "lr": 1e-4},
@@ -63,7 +64,11 @@ class Pretraining:
 
     paper: ClassVar[str] = "arXiv 2111.05754"
     preset: str = option("cpu_mini", "paper, small_gpu or cpu_mini: steps, batch_size, seq_len and lr", "ours")
-    objective: str = option("auto", "mlm, mlm_nsp (BERT with its next-sentence head) or clm; auto: by the model")
+    objective: str = option(
+        "auto",
+        "mlm, mlm_nsp (BERT with its next-sentence head) or clm; auto: by the model; hidden, for a student: the "
+        "outputs of the teacher's layers alone, with or without a head",
+    )
     steps: int | None = option(None, "optimiser steps T; paper 100,000", "authors' code")
     batch_size: int | None = option(None, "blocks per micro-batch; paper 256", "authors' code")
     seq_len: int | None = option(None, "tokens per block; paper 512", "authors' code's default")
@@ -115,6 +120,7 @@ class Pretraining:
             accumulate=self.accumulate,
             precision=self.precision,
             checkpointing=self.checkpointing,
+            dropout=self.objective != "hidden",
             save_every=self.save_every,
             seed=self.seed,
         )
@@ -125,6 +131,8 @@ class Pretraining:
         Raises:
             ValueError: this model cannot be trained so.
         """
+        if self.objective == "hidden":
+            return "hidden"
         causal = structure.is_causal(model)
         named = self.objective if self.objective != "auto" else "clm" if causal else "mlm"
         if causal != (named == "clm"):
@@ -149,7 +157,8 @@ class Pretraining:
         train_NT = data.blocks(text.train, tokenizer, length)
         held_NT = data.blocks(text.validation, tokenizer, length)[:rows]
         masked = self._mask(tokenizer)
-        make = (lambda ids, n: causal_batch(ids)) if objective == "clm" else masked
+        plain = {"clm": causal_batch, "hidden": lambda ids: {"input_ids": ids, "targets": ids}}
+        make = (lambda ids, n: plain[objective](ids)) if objective in plain else masked
         held_batches = [make(ids, -1 - i) for i, ids in enumerate(held_NT.split(size))]
         held_batches = [{name: x.to(device) for name, x in batch.items()} for batch in held_batches]
         return shuffled(train_NT, size, seed=self.seed, make=make), held_batches
@@ -157,8 +166,10 @@ class Pretraining:
     def _mask(self, tokenizer: Any) -> Callable[[Tensor, int], Batch]:
         return lambda ids, n: masked_rows(ids, tokenizer, self.mlm_probability, seed=mix(self.seed, "mask", n))
 
-    def _measure(self, model: Any, held: list[Batch], precision: str) -> float:
-        """Cross-entropy of held-out text, nats per target."""
+    def _measure(self, model: Any, held: list[Batch], precision: str, loss: Any) -> float:
+        """Held-out text: cross-entropy, nats per target; of the objective "hidden" the distance from the teacher."""
+        if isinstance(loss, HiddenStates):
+            return held_out(model, held, precision, loss)["loss"]
         return held_out(model, (without_pairs(batch) for batch in held), precision)["ce"]
 
     def _takes(self, held: int) -> str:
@@ -194,7 +205,7 @@ class Pretraining:
                 more = after(step.step)
                 if step.step % quarter == 0 or step.step == steps:
                     line = {"step": step.step, "lr": step.lr, "tokens": step.tokens, **step.losses, **more}
-                    state["history"].append(line | {"validation_loss": self._measure(model, held, precision)})
+                    state["history"].append(line | {"validation_loss": self._measure(model, held, precision, loss)})
                 if report is not None:
                     shown = ", ".join(f"{name} {value:.3g}" for name, value in (step.losses | more).items())
                     report({"step": step.step, "of": steps, "message": shown, **step.losses, **more})
@@ -209,6 +220,8 @@ class Teacher(Pretraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.objective == "hidden":
+            raise ValueError("objective=hidden needs a teacher, which stage A makes; it is for prune_once_student")
         if self.train not in ("all", "head"):
             raise ValueError(f"train is all or head, got {self.train!r}")
 
@@ -245,11 +258,11 @@ class Teacher(Pretraining):
             structure.base_model(model).requires_grad_(False)
             if not any(p.requires_grad for p in model.parameters()):
                 raise ValueError(f"the head of {type(model).__name__} has no weights of its own; use train all")
-        before = self._measure(model, held, precision)
+        loss: Any = NextSentence(Distillation()) if objective == "mlm_nsp" else Distillation()
+        before = self._measure(model, held, precision, loss)
         state: dict[str, Any] = {"history": [{"step": 0, "validation_loss": before}]}
         settings = self._settings()
         warmup = int(self.warmup * (self.steps or 0))
-        loss: Any = NextSentence(Distillation()) if objective == "mlm_nsp" else Distillation()
         self._run(
             model, batches, held, loss, lambda t: linear(settings.steps or 1, warmup, t), state,
             fingerprint=repr((asdict(self), text.sha256)), after=lambda step: {}, restored=lambda: None,
@@ -322,6 +335,10 @@ class Student(Pretraining):
         if self.start == "dense":
             self._schedule()
 
+    @property
+    def _distils(self) -> bool:
+        return bool(self.kd_soft or self.kd_hidden or self.objective == "hidden")
+
     def _schedule(self) -> Schedule:
         return Schedule.of(
             self.steps or 0, warmup=self.warmup, start=self.prune_start, end=self.prune_end, freeze=self.prune_freeze,
@@ -337,7 +354,7 @@ class Student(Pretraining):
         kept = count - gone
         bits = count / 8 if self.pattern != "1x4" else count / 32
         held = 16 * total + (5 if self.regrow else 1) * count  # masks, and dormant values in fp32
-        held += 4 * total if self.kd_soft or self.kd_hidden else 0
+        held += 4 * total if self._distils else 0
         return {
             "may go": f"{count:,} weights in {len(matrices)} matrices ({count / total:.1%} of the model)",
             "will go": f"{gone:,} weights: {self.sparsity:.0%} of these, {gone / total:.1%} of the model",
@@ -370,28 +387,22 @@ class Student(Pretraining):
         matrices = locks.prunable(model, self.include, self.exclude)
         patterns.check(self.pattern, self.sparsity, {name: (len(p), p[0].numel()) for name, p in matrices.items()})
         batches, held = self._data(model, tokenizer, text, objective)
-        distils, fits = bool(self.kd_soft or self.kd_hidden), self.start == "fit"
-        dense = copy.deepcopy(model).eval().requires_grad_(False) if distils or fits else None
-        teacher = dense if distils else None
+        fits = self.start == "fit"
+        dense = copy.deepcopy(model).eval().requires_grad_(False) if self._distils or fits else None
+        teacher = dense if self._distils else None
         stored = {name: p.dtype for name, p in matrices.items()}
         to_fp32(model)
         schedule = None if fits else self._schedule()
         precision = resolve_precision(self.precision, next(model.parameters()).device)
-        before = self._measure(model, held, precision)
+        loss = self._loss(model, teacher, objective)
+        before = self._measure(model, held, precision, loss)
         state: dict[str, Any] = {"history": [{"step": 0, "validation_loss": before}]}
-        everywhere = "targets" if objective == "clm" else "all"
-        loss: Any = HiddenDistillation(
-            teacher, self.temperature, self.kd_hard, self.kd_soft, positions=everywhere, hidden_weight=self.kd_hidden,
-            pairs=tuple((number, number) for number in range(len(structure.layers(model)))),
-        )  # fmt: skip
-        if objective == "mlm_nsp":
-            loss = NextSentence(loss)
         steps = self.steps or 1
         fitted: dict[str, Tensor] | None = None
         if fits:  # a resumed run too, which `train` knows again by the weights that it starts from
             assert dense is not None
             fitted = self._fit(model.eval(), dense, matrices, tokenizer, text, report)
-            state["history"].append({"step": 0, "validation_loss": self._measure(model, held, precision)})
+            state["history"].append({"step": 0, "validation_loss": self._measure(model, held, precision, loss)})
         del dense  # where nothing is distilled it has had its use
         with locks.Lock(matrices, fitted, regrow=self.regrow and not fits) as held_zeros:
             if fitted is not None:
@@ -445,6 +456,15 @@ class Student(Pretraining):
             "seconds": time.monotonic() - started,
             "saving": {"masks": masks, "zstd": self.zstd} if self.shape == "sparse" else {},
         }
+
+    def _loss(self, model: Any, teacher: Any, objective: str) -> Any:
+        if objective == "hidden":
+            return HiddenStates(teacher, same_layers(model))
+        loss = HiddenDistillation(
+            teacher, self.temperature, self.kd_hard, self.kd_soft, hidden_weight=self.kd_hidden,
+            pairs=same_layers(model), positions="targets" if objective == "clm" else "all",
+        )  # fmt: skip
+        return NextSentence(loss) if objective == "mlm_nsp" else loss
 
     def _fit(
         self,

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sentei import data
 from sentei.data import squad
 from sentei.data.examples import Examples
-from sentei.distill import Distillation, kl
+from sentei.distill import Distillation, comparing, kl, same_layers
 from sentei.evaluate import scores as scoring
 from sentei.evaluate import squad as squad_scoring
 from sentei.train import IGNORE, Batch, Batches, causal_batch, evaluating, shuffled
@@ -189,7 +189,7 @@ class TaskLoss:
     """hard * loss on the labels + soft * distance to the teacher's logits, means over rows; without a teacher, labels.
 
     The distance is t^2 KL for classes; for question answering the mean of those of start and end, padding left out; the
-    squared difference for regression.
+    squared difference for regression. With `hidden`, that times the mean distance of the layers' outputs is added.
     """
 
     kind: str
@@ -197,8 +197,17 @@ class TaskLoss:
     hard: float = 0.0
     soft: float = 1.0
     temperature: float = 2.0
+    hidden: float = 0.0
 
     def __call__(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        if self.teacher is None or not self.hidden:
+            return self._on_logits(student, batch)
+        with comparing(student, self.teacher, same_layers(student)) as distances:
+            losses = self._on_logits(student, batch)
+        hidden = torch.stack(distances(batch)).mean()
+        return losses | {"loss": losses["loss"] + self.hidden * hidden, "hidden": hidden.detach()}
+
+    def _on_logits(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         hard = self.hard if self.teacher is not None else 1.0
         if self.kind == "clm":
             return Distillation(self.teacher, self.temperature, hard, self.soft)(student, batch)

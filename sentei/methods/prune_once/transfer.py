@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sentei import data
+from sentei import data, structure
 from sentei.data import examples, squad
 from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
@@ -132,6 +132,9 @@ class OnTask:
     def _weight_decay(self) -> float:
         return 0.0
 
+    def _loss(self, kind: str, teacher: Any | None) -> TaskLoss:
+        return TaskLoss(kind, teacher, self.kd_hard, self.kd_soft, self.temperature)
+
     def _learn(
         self,
         model: Any,
@@ -150,10 +153,9 @@ class OnTask:
         batches, _ = task.batches(self.batch_size or 1, self.seed)
         steps = self._steps(task)
         warmup = int(self.warmup * steps)
-        loss = TaskLoss(task.kind, teacher, self.kd_hard, self.kd_soft, self.temperature)
         state: dict[str, Any] = {"history": []}
         run = train(
-            model, batches, loss, self._settings(steps), folder=workdir, state=state,
+            model, batches, self._loss(task.kind, teacher), self._settings(steps), folder=workdir, state=state,
             rate=lambda t: linear(steps, warmup, t), restored=lambda: between(0, state),
             fingerprint=repr((asdict(self), task.rows.sha256, teacher is None)),
         )  # fmt: skip
@@ -178,10 +180,18 @@ class Transfer(OnTask):
 
     lock: bool = option(True, "keep the zeros; off: fine-tune a dense model, as a teacher or a baseline", "ours")
     prune: float = option(0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "ours")
+    kd_hidden: float = option(
+        0.0,
+        "with a teacher of as many layers: weight of |h - h_teacher|^2 / |h_teacher|^2, mean over layers and tokens; "
+        "there is no dropout then",
+        "ours",
+    )
     weight_decay: float = option(0.01, "on matrices only", "public recipes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kd_hidden < 0 or (self.kd_hidden and not self.kd_soft):
+            raise ValueError(f"kd_hidden is at least 0, and comes on top of kd_soft; got {self.kd_hidden}")
         if not 0 <= self.prune < 1 or (self.prune and self.lock):
             raise ValueError(f"prune is a sparsity, at least 0 and below 1, and only with lock off; got {self.prune}")
         if not self.lock and not self.prune:
@@ -189,6 +199,12 @@ class Transfer(OnTask):
 
     def _weight_decay(self) -> float:
         return self.weight_decay
+
+    def _settings(self, steps: int) -> Settings:
+        return replace(super()._settings(steps), dropout=not self.kd_hidden)
+
+    def _loss(self, kind: str, teacher: Any | None) -> TaskLoss:
+        return replace(super()._loss(kind, teacher), hidden=self.kd_hidden)
 
     def compress(
         self,
@@ -215,7 +231,14 @@ class Transfer(OnTask):
         task = self._task(text, tokenizer)
         if teacher is not None:
             check_teacher(model, teacher)
+            if self.kd_hidden and len(structure.layers(model)) != len(structure.layers(teacher)):
+                raise ValueError(
+                    f"kd_hidden compares layer with layer; the teacher has {len(structure.layers(teacher))}, the "
+                    f"student {len(structure.layers(model))}"
+                )
             teacher.eval().requires_grad_(False)
+        elif self.kd_hidden:
+            raise ValueError("kd_hidden compares with a teacher; give one (--teacher)")
         schedule = None
         if self.lock:
             held = locks.Lock.on_zeros(locks.lockable(model), model.name_or_path)
