@@ -69,7 +69,7 @@ DEFAULT_TASKS = ("cola", "sst2", "mrpc", "stsb", "subj", "boolq", "pubmedqa")
 HALF = PrunePEFT.budget  # of the smaller kind: --budget-share
 FULL, LORA, ADAPTERS, BOTH = "full fine-tuning", "LoRA everywhere", "adapters everywhere", "both everywhere"
 EVERYWHERE = (LORA, ADAPTERS, BOTH)
-REFERENCE, CHANCE = "LoRA everywhere at B", "random removal at B"
+REFERENCE, CHANCE = "LoRA everywhere at B", ("random removal at B", "random removal of ranks at B")
 
 Made = tuple[Any, Bench, dict[str, Any]]
 
@@ -254,7 +254,7 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     BOTH: everywhere(lambda method, model: method.space(model)),
     REFERENCE: everywhere(thinner(True)),
     "adapters everywhere at B": everywhere(thinner(False)),
-    CHANCE: searched(assignment="random"),
+    CHANCE[0]: searched(assignment="random"),
     **{f"{criterion} alone at B": searched(assignment=criterion) for criterion in CRITERIA},
     "equal at B": searched(assignment="equal"),
     "paper's table at B": searched(assignment="paper"),
@@ -263,7 +263,7 @@ CONFIGURATIONS: dict[str, Callable[..., Made]] = {
     "warm-up at B, on all rows": searched(assignment="warmup", search_fraction=1.0),
     "prune_peft at B, as planned": searched(planned=True),
     "ladder of ranks at B, as planned": searched(planned=True, lora_r=None),
-    "random removal of ranks at B": searched(planned=True, lora_r=None, assignment="random"),
+    CHANCE[1]: searched(planned=True, lora_r=None, assignment="random"),
     "LoRA ranks alone at B, as planned": searched(planned=True, lora_r=None, kinds=("lora",)),
     "random removal of LoRA ranks at B": searched(planned=True, lora_r=None, kinds=("lora",), assignment="random"),
     **{f"{criterion} alone, ranks at B": searched(lora_r=None, assignment=criterion) for criterion in CRITERIA},
@@ -294,7 +294,8 @@ def markdown(table: dict[str, Any]) -> str:
         f"| configuration | parameters | {' | '.join(f'{n} ({metric[n]})' for n in names)} | mean |",
         "|" + "---|" * (len(names) + 3),
     ]
-    against = (FULL, LORA, ADAPTERS, REFERENCE, CHANCE)
+    there = {row["configuration"] for row in table["rows"]}
+    against = [other for other in (FULL, LORA, ADAPTERS, REFERENCE, *CHANCE) if other in there]
     costs = [
         "Differences are paired by task and seed, with 95 % intervals: only those without 0 are shown to be any. "
         "Seconds are of the training, and of the search before it, over those of LoRA everywhere with the same task "
@@ -327,12 +328,13 @@ def mean_of(values: list[float]) -> str:
 
 
 def times(all_rows: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[float]:
-    """Seconds of search and training over those of training LoRA everywhere, where that row is there."""
-    plain = {(row["task"], row["seed"]): row["train_seconds"] for row in all_rows if row["configuration"] == LORA}
+    """Seconds of search and training over those of training LoRA everywhere, where both were taken on one machine."""
+    timed = [row for row in all_rows if "train_seconds" in row]
+    plain = {(row["task"], row["seed"]): row["train_seconds"] for row in timed if row["configuration"] == LORA}
     return [
         (row["train_seconds"] + row.get("search_seconds", 0.0)) / plain[row["task"], row["seed"]]
         for row in rows
-        if plain.get((row["task"], row["seed"]))
+        if row in timed and (row["task"], row["seed"]) in plain
     ]
 
 
