@@ -19,6 +19,7 @@ from sentei.data import prompts
 from sentei.data.examples import Examples
 from sentei.data.prompts import make_row
 from sentei.distill import Distillation
+from sentei.methods import atp
 from sentei.methods.atp import ATP, selection, wiring
 from sentei.report import reading
 from sentei.train import Settings, shuffled, train
@@ -308,6 +309,34 @@ def test_variants(fields, words, examples):
         assert len({(s.num_kv_heads, s.intermediate_size) for s in structure.sizes(model)}) == 1
     if "final_mask" in fields:
         assert "misses_budget_by" in record["freeze"]
+
+
+def test_another_cut_than_the_masks_is_refused(words, examples, monkeypatch):
+    def other(self, model, units, keep_U):
+        of = units.of(0, "channels")
+        changed_U = keep_U.clone()
+        changed_U[of] = keep_U[of].roll(1)
+        wiring.remove(model, units, changed_U)
+
+    monkeypatch.setattr(ATP, "remove", other)
+    with pytest.raises(ValueError, match=r"cut and masked model differ by .* first at layer 0"):
+        short(steps=6).compress(toy(), words, examples)
+
+
+def test_a_cut_may_differ_by_what_rounding_does(words, examples):
+    """Shaken embeddings tell how much that is; nothing of it stays in the model."""
+    model, ids = toy(), torch.arange(2, 14)[None]
+    plain, shaken = atp._logits(model, [ids]), atp._logits(model, [ids], shaken=True)
+    ((relative, absolute),) = atp._gaps(shaken, plain)
+    assert 0 < relative <= absolute < 1e-4
+    assert torch.equal(atp._logits(model, [ids])[0][-1], plain[0][-1])
+    assert atp._compare(shaken, plain, [relative]) == (relative, absolute)
+    with pytest.raises(ValueError, match="differ by"):
+        atp._compare(shaken, plain, [relative / 2])
+    with pytest.raises(ValueError, match="differ by nan"):
+        atp._compare([(*plain[0][:-1], plain[0][-1] * math.nan)], plain, [1.0])
+    record = short(steps=6).compress(model, words, examples)
+    assert record["cut_against_masked"] <= record["cut_limit"] == 1e-4
 
 
 def test_bf16_base(words, examples):

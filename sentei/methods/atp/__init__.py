@@ -58,6 +58,8 @@ FINAL_MASKS = ("topk", "last_sample", "threshold")
 COMPENSATIONS = ("none", "least-squares")
 CODE, OURS = "authors' code", "ours"
 VERIFY_TOLERANCE = 1e-4
+ROUNDING = 2.0**-22  # a relative error of two units in the last place of fp32
+SHAKEN = 10.0  # the cut model may differ by so many times what such an error of its embeddings does
 VERIFY_TOKENS = 128
 LEAST_SLICE = 64
 
@@ -252,6 +254,7 @@ class ATP:
             the record: "kept", parameters removed, "freeze" (how the final mask was found), "zeroing",
             "cut_against_masked" (the largest difference of a logit between the cut model and the masked one in fp32,
             divided by the largest logit where that is above 1), "cut_against_masked_absolute" (not divided),
+            "cut_limit" (what it may be: 1e-4, or ten times what an error of rounding in the embeddings does),
             "cast_against_masked" (divided; the cut model in its own dtype), tokens, seconds ("tuning_seconds": of the
             loop alone), "history", "seen_prompts".
         Raises:
@@ -308,6 +311,10 @@ class ATP:
             checks = [torch.tensor([ids[:VERIFY_TOKENS]], device=device) for ids in data.train.ids[:8]]
             with book.using("full" if dropped else "off", keep_U.float().to(device)):
                 expected = _logits(model, checks)
+                limits = [
+                    max(VERIFY_TOLERANCE, SHAKEN * gap)
+                    for gap, _ in _gaps(_logits(model, checks, shaken=True), expected)
+                ]
         except BaseException:
             book.remove()
             lora.detach(model, adapted, merge=False)
@@ -318,9 +325,9 @@ class ATP:
         book.remove()
         lora.detach(model, adapted)
         self.remove(model, units, keep_U)
-        difference, absolute = _compare(_logits(model, checks), expected)
+        difference, absolute = _compare(_logits(model, checks), expected, limits)
         _restore(model, before)
-        rounded, _ = _compare(_logits(model, checks), expected, limit=math.inf)
+        rounded = max(gap for gap, _ in _gaps(_logits(model, checks), expected))
         after = structure.layer_parameters(model), structure.total_parameters(model)
         for alarm in account["warnings"]:
             warnings.warn(alarm, stacklevel=2)
@@ -336,6 +343,7 @@ class ATP:
             "removed_of_model": 1 - after[1] / sizes[1],
             "cut_against_masked": difference,
             "cut_against_masked_absolute": absolute,
+            "cut_limit": max(limits),
             "cast_against_masked": rounded,
             "precision": precision,
             "processes": processes().num_processes,
@@ -485,13 +493,26 @@ def _restore(model: nn.Module, before: dict[str, tuple[torch.dtype, bool]]) -> N
 
 
 @torch.no_grad()
-def _logits(model: Any, inputs: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    """Logits of each input, and in front of the first one's the output of every layer."""
+def _logits(model: Any, inputs: list[Tensor], *, shaken: bool = False) -> list[tuple[Tensor, ...]]:
+    """Logits of each input, and in front of the first one's the output of every layer.
+
+    Args:
+        shaken: with an error in every embedding as large as rounding makes: what this does to the logits tells how far
+            two ways to compute the same model may be apart.
+    """
     model.eval()
+    random = torch.Generator().manual_seed(0)
+
+    def shake(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, output.shape, generator=random).to(output) * 2 - 1
+        return output * (1 + ROUNDING * sign)
+
     found = []
     for number, ids_BT in enumerate(inputs):
         hidden: list[Tensor] = []
         with ExitStack() as stack:
+            if shaken:
+                stack.callback(model.get_input_embeddings().register_forward_hook(shake).remove)
             for layer in () if number else structure.layers(model):
                 keep = lambda module, args, output: hidden.append(output)  # noqa: B023, E731
                 stack.callback(layer.register_forward_hook(keep).remove)
@@ -500,22 +521,31 @@ def _logits(model: Any, inputs: list[Tensor]) -> list[tuple[Tensor, ...]]:
     return found
 
 
-def _compare(
-    cut: list[tuple[Tensor, ...]], masked: list[tuple[Tensor, ...]], limit: float = VERIFY_TOLERANCE
-) -> tuple[float, float]:
-    """Largest difference of the logits: relative to the largest logit of an input where that is above 1, and absolute.
+def _gaps(some: list[tuple[Tensor, ...]], others: list[tuple[Tensor, ...]]) -> list[tuple[float, float]]:
+    """Of each input the largest difference of a logit: relative to the largest one where that is above 1, and not."""
+    pairs = [(a[-1], b[-1]) for a, b in zip(some, others, strict=True)]
+    absolute = [float((a - b).abs().max()) for a, b in pairs]
+    return [(gap / max(1.0, float(b.abs().max())), gap) for gap, (_, b) in zip(absolute, pairs, strict=True)]
 
+
+def _compare(
+    cut: list[tuple[Tensor, ...]], masked: list[tuple[Tensor, ...]], limits: list[float]
+) -> tuple[float, float]:
+    """The largest of `_gaps`, relative and absolute.
+
+    Args:
+        limits: of each input, relative.
     Raises:
-        ValueError: the relative one is above the limit; says from which layer on.
+        ValueError: a relative one is above its limit; says from which layer on.
     """
-    pairs = [(a[-1], b[-1]) for a, b in zip(cut, masked, strict=True)]
-    gaps = [float((a - b).abs().max()) for a, b in pairs]
-    relative = [gap / max(1.0, float(b.abs().max())) for gap, (_, b) in zip(gaps, pairs, strict=True)]
-    if not all(part <= limit for part in relative):  # also where one is not a number
+    gaps = _gaps(cut, masked)
+    for (relative, _), limit in zip(gaps, limits, strict=True):
+        if relative <= limit:
+            continue  # what is not a number is not
         layers = [float((a.float() - b.float()).abs().max()) for a, b in zip(cut[0], masked[0], strict=True)]
-        first = next((i for i, d in enumerate(layers[:-1]) if not d <= limit), len(layers) - 1)
+        first = next((i for i, d in enumerate(layers[:-1]) if not d <= VERIFY_TOLERANCE), len(layers) - 1)
         raise ValueError(
-            f"cut and masked model differ by {max(relative):.2g} of the largest logit (limit {limit:g}), first at "
-            f"layer {first}; the state of the run is kept, no final model was written"
+            f"cut and masked model differ by {relative:.2g} of the largest logit (limit {limit:.2g}), first at layer "
+            f"{first}; the state of the run is kept, no final model was written"
         )
-    return max(relative), max(gaps)
+    return max(relative for relative, _ in gaps), max(absolute for _, absolute in gaps)
