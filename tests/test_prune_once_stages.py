@@ -202,6 +202,8 @@ def test_the_layers_alone(words, text):
     record = method.compress(model, words, text)
     before, fitted, *_, after = [line["validation_loss"] for line in record["history"]]
     assert before == 0 and after < 0.85 * fitted, record["history"]
+    with pytest.raises(ValueError, match="no language-model head: use objective hidden"):
+        Student(steps=100, **FEW).compress(copy.deepcopy(teacher), words, text)
     assert record["objective"] == "hidden" and type(model) is BertModel and model.pooler is not None
     assert record["sparsity"] == pytest.approx(0.7, abs=0.01)
 

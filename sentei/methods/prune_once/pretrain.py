@@ -137,6 +137,11 @@ class Pretraining:
         named = self.objective if self.objective != "auto" else "clm" if causal else "mlm"
         if causal != (named == "clm"):
             raise ValueError(f"{type(model).__name__} cannot be trained by {named}; use objective auto")
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no language-model head: use objective hidden, which needs none, or give "
+                "it one by prune_once_teacher"
+            )
         if named == "mlm_nsp" and not type(model).__name__.endswith("ForPreTraining"):
             raise ValueError(f"{type(model).__name__} has no next-sentence head; use objective mlm")
         if not causal and tokenizer.mask_token_id is None:
