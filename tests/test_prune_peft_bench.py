@@ -38,8 +38,12 @@ def test_markdown(table):
     scores, costs = text.split("\n\nDifferences")
     assert "| warm-up at B | 100 | 53.0 ± 1.0 | 53.0 |" in scores
     # against full fine-tuning, LoRA everywhere; search ratio; (11 + 3) / 10; Jaccard (1/2 + 0 + 0) / 3
-    assert "| warm-up at B | -8.0 ± 0.0 (n=3) | +2.0 ± 0.0 (n=3) |  |  |  | 0.25 | 1.40 | 0.17 | 22 |" in costs
-    assert "| LoRA everywhere | -10.0 ± 0.0 (n=3) |  |  |  |  |  | 1.00 |  | 20 |" in costs
+    assert "| warm-up at B | -8.0 ± 0.0 (n=3) | +2.0 ± 0.0 (n=3) | 0.25 | 1.40 | 0.17 | 22 |" in costs
+    assert "| LoRA everywhere | -10.0 ± 0.0 (n=3) |  |  | 1.00 |  | 20 |" in costs
+    rows.append(made("random removal of ranks at B", "cola", 0, 0.5, 1.0))
+    del rows[-1]["train_seconds"]  # of another machine: it has no part in ratios of time
+    costs = table.markdown({"rows": rows, "settings": settings, "machine": "here"}).split("\n\nDifferences")[1]
+    assert "| random removal of ranks at B | -10.0 (n=1) | +0.0 (n=1) |  |  |  |  | 2 |" in costs
 
 
 def test_a_file_of_other_settings_is_refused(table, tmp_path, monkeypatch):
