@@ -281,6 +281,10 @@ def test_a_start_from_what_another_checkpoint_kept(words, examples, tmp_path):
     file.write_text(json.dumps({"stages": [{"record": {}}]}))
     with pytest.raises(ValueError, match="tells of 0 stages that removed units"):
         how.compress(toy(), words, examples)
+    for other in ("[]", "no JSON", '{"stages": [{}]}', '{"stages": 3}'):
+        file.write_text(other)
+        with pytest.raises(ValueError, match="does not tell of stages"):
+            how.compress(toy(), words, examples)
     with pytest.raises(ValueError, match="a folder that sentei has written; got 'nowhere'"):
         short(start="nowhere").compress(toy(), words, examples)
 

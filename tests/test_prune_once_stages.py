@@ -503,6 +503,7 @@ def test_student_refusals(fields, family, message, words, text):
         ({"start": "sparse"}, "start is dense or fit"),
         ({"start": "fit", "scope": "global"}, "one block after the other"),
         ({"start": "fit", "fit_tokens": 0}, "fit_tokens must be at least 1"),
+        ({"objective": "hidden", "checkpointing": True}, "leave one of them"),
     ],
 )
 def test_bad_fields(fields, message):

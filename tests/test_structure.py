@@ -310,6 +310,8 @@ def test_an_account_of_a_mask_gives_the_mask_back():
         (lambda account: account["layers"][0]["channels"].update(units="5-2"), "names no units"),
         (lambda account: account["layers"][0]["heads"].update(units="-1"), "names no units"),
         (lambda account: account["layers"][0]["heads"].update(units=["attention"]), "names no units"),
+        (lambda account: account["layers"][1].pop("heads"), "layer 1 tells nothing of heads"),
+        (lambda account: account["layers"].insert(0, account["layers"].pop() and 3), "layer 0 tells nothing of heads"),
     ],
 )
 def test_accounts_of_something_else(change, message):

@@ -181,7 +181,9 @@ def kept_mask(units: Units, account: dict[str, Any]) -> Tensor:
     keep_U = torch.zeros(len(units), dtype=torch.bool)
     for number, entry in enumerate(layers):
         for kind in units.granularity:
-            of, found = units.of(number, kind), entry.get(kind, {})
+            of, found = units.of(number, kind), entry.get(kind) if isinstance(entry, dict) else None
+            if not isinstance(found, dict):
+                raise ValueError(f"layer {number} tells nothing of {kind}")
             stays = _numbers(str(found.get("units", "")), len(of))
             if found.get("of") != len(of) or found.get("kept") != len(stays):
                 raise ValueError(f"layer {number} has {len(of)} {kind} here, {found.get('of')} in the account")

@@ -363,8 +363,11 @@ class ATP:
         if self.start in STARTS:
             return None
         where = Path(self.start) / "compression.json"
-        stages = json.loads(where.read_text(encoding="utf-8")).get("stages", [])
-        accounts = [record["kept"] for stage in stages if "kept" in (record := stage.get("record", {}))]
+        try:
+            stages = json.loads(where.read_text(encoding="utf-8"))["stages"]
+            accounts = [stage["record"]["kept"] for stage in stages if "kept" in stage["record"]]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"start: {where} does not tell of stages as sentei writes them") from None
         if len(accounts) != 1:
             raise ValueError(f"start: {where} tells of {len(accounts)} stages that removed units; expected one")
         try:

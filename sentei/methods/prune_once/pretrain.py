@@ -102,6 +102,8 @@ class Pretraining:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.seq_len < 8:  # pyright: ignore[reportOptionalOperand]
             raise ValueError(f"seq_len must be at least 8, got {self.seq_len}")
+        if self.objective == "hidden" and self.checkpointing:
+            raise ValueError("checkpointing works with dropout on, objective=hidden with it off: leave one of them")
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability is a fraction of the tokens, got {self.mlm_probability}")
         self._settings()
