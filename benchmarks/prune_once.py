@@ -19,7 +19,8 @@ random           the same with a random pattern of the same sparsity: the floor
 no distillation  (b) pruned in pre-training without the teacher
 per task         (c) A's output, pruned gradually while it is fine-tuned, for every task anew, on as many tokens more
                  as the student's pre-training took for each of the tasks
-small dense      (d) as many layers as take the same int8 bytes, trained on the same tokens against the teacher
+small dense      (d) as many layers as take the same int8 bytes, trained on the same tokens against the teacher; without
+                 stage A all layers, narrower, refitted and then taught as "layers alone" is
 
 Checkpoints that rows share stay in --work; a second run makes the rows that are missing.
 """
@@ -38,11 +39,13 @@ import torch
 from tables import flags, made_on, printed, resumed, spread, write
 
 import sentei
-from sentei import checkpoint, structure
+from sentei import checkpoint, data, structure
 from sentei.checkpoint import sparse, zeros
+from sentei.distill import HiddenStates, same_layers
 from sentei.methods.prune_once import lock, pattern
 from sentei.methods.prune_once.tasks import Task, kind_of
 from sentei.recipe import find_model, make_method
+from sentei.train import Settings, shuffled, train
 
 KINDS = (
     "dense",
@@ -153,7 +156,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
         fields["epochs"] += pretraining_epochs(args, task, seed)
     if kind in ("small dense", "dense, same recipe"):
         fields |= {"lock": False}
-    if kind != "small dense":  # it has not the teacher's layers
+    if kind != "small dense" or not args.teacher_steps:  # else it has not the teacher's layers
         fields["kd_hidden"] = args.task_kd_hidden
     once(place, lambda: sentei.compress(start, method="prune_once_transfer", teacher=teacher, out=place, **fields))
     record = record_of(place)
@@ -203,7 +206,10 @@ def pretraining_epochs(args: argparse.Namespace, task: str, seed: int) -> float:
     _, tokenizer = checkpoint.load(teacher_of(args))
     coded = Task(kind_of(rows), rows, tokenizer, method.seq_len, method.stride).encoded("train")
     epoch = sum(len(row["input_ids"]) for row in coded)
-    return args.steps * args.batch_size * args.seq_len / len(args.tasks) / epoch
+    tokens = args.steps * args.batch_size * args.seq_len
+    if not args.teacher_steps:
+        tokens = args.hidden_steps * args.hidden_batch_size * args.hidden_seq_len
+    return tokens / len(tasks(Path())) / epoch
 
 
 def pretraining(args: argparse.Namespace) -> dict[str, Any]:
@@ -231,7 +237,8 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
     if kind in ("one-shot", "random"):
         return once(place, lambda: at_once(teacher, place, sparsity, random=kind == "random"))
     if kind == "small dense":
-        return once(place, lambda: small_dense(args, teacher, place, sparsity))
+        make = small_dense if args.teacher_steps else narrow
+        return once(place, lambda: make(args, teacher, place, sparsity))
     fields = pretraining(args) | {"steps": args.steps, "sparsity": sparsity}
     if kind == "1x4":
         fields["pattern"] = "1x4"
@@ -284,6 +291,31 @@ def small_dense(args: argparse.Namespace, teacher: Path, place: Path, sparsity: 
     )  # fmt: skip
     fields = pretraining(args) | {"mode": "full", "steps": args.steps, "teacher": teacher}
     return sentei.compress(cut, method="heal", kl_weight=0.5, ce_weight=0.5, temperature=2.0, out=place, **fields)
+
+
+def narrow(args: argparse.Namespace, teacher: Path, place: Path, sparsity: float) -> Path:
+    """Heads and channels fewer, to the bytes of the sparse int8 matrices; then the same tokens and loss."""
+    cut = place.with_name(f"{place.name}-cut")
+    once(
+        cut,
+        lambda: sentei.compress(
+            teacher, method="one_shot", criterion="wanda", granularity="heads+channels", compensate="least-squares",
+            sparsity=sparsity - 1 / 8, calibration_samples=16384 // args.hidden_seq_len,
+            calibration_seq_len=args.hidden_seq_len, data=args.corpus, out=cut,
+        ),
+    )  # fmt: skip
+    model, tokenizer = checkpoint.load(cut, dtype="float32")
+    dense, _ = checkpoint.load(teacher, dtype="float32")
+    blocks_NT = data.blocks(data.load(args.corpus).train, tokenizer, args.hidden_seq_len)
+    batches = shuffled(
+        blocks_NT, args.hidden_batch_size, seed=0, make=lambda ids_BT, n: {"input_ids": ids_BT, "targets": ids_BT}
+    )
+    settings = Settings(lr=args.hidden_lr, steps=args.hidden_steps, warmup=0.01, weight_decay=0.01, dropout=False)
+    loss = HiddenStates(dense.eval().requires_grad_(False), same_layers(model))
+    for _ in train(model, batches, loss, settings):
+        pass
+    record = {"method": "narrow", "fields": {"sparsity": sparsity}, "seed": 0, "data": {}, "record": {}}
+    return checkpoint.save(model, tokenizer, place, parent=teacher, record=record)
 
 
 def folder_name(words: str) -> str:

@@ -189,16 +189,18 @@ def test_same_seed_same_model(words, examples):
         {"start": "taylor"},
         {"mask": "taylor"},
         {"mask": "random"},
-        {"compensate": "least-squares"},
+        {"compensate": "least-squares", "start": "taylor", "generator_lr": 1e-9, "lr": 1e-9},
         {"compensate": "least-squares", "mask": "taylor"},
     ],
     ids=str,
 )
-def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, tmp_path):
+def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, taught, tmp_path):
     """Stops in the control phase, in the ramp, and after it."""
     how = short(**fields, save_every=2, lora_dropout=0.1, ramp=0.5, log=str(tmp_path / "log.jsonl"))
-    whole, killed, resumed = toy(), toy(), toy()
+    model = taught if "compensate" in fields else toy()  # only what has learned something is worth a refit
+    whole, killed, resumed = (copy.deepcopy(model) for _ in range(3))
     expected = how.compress(whole, words, examples)
+    assert expected["compensate"] == fields.get("compensate", "none")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     before = weights(killed)
 
@@ -327,7 +329,7 @@ def test_another_cut_than_the_masks_is_refused(words, examples, monkeypatch):
         short(steps=6).compress(toy(), words, examples)
 
 
-def test_a_cut_may_differ_by_what_rounding_does(words, examples):
+def test_a_cut_may_differ_by_what_rounding_does(words, examples, monkeypatch):
     """Shaken embeddings tell how much that is; nothing of it stays in the model."""
     model, ids = toy(), torch.arange(2, 14)[None]
     plain, shaken = atp._logits(model, [ids]), atp._logits(model, [ids], shaken=True)
@@ -341,6 +343,8 @@ def test_a_cut_may_differ_by_what_rounding_does(words, examples):
         atp._compare([(*plain[0][:-1], plain[0][-1] * math.nan)], plain, [1.0])
     record = short(steps=6).compress(model, words, examples)
     assert record["cut_against_masked"] <= record["cut_limit"] == 1e-4
+    monkeypatch.setattr(atp, "SHAKEN", 1e9)  # a model that makes anything of a rounding error is still compared
+    assert short(steps=6).compress(toy(), words, examples)["cut_limit"] == 1e-2
 
 
 def test_bf16_base(words, examples):
@@ -445,6 +449,27 @@ def test_a_refit_at_the_freeze_does_what_lora_had_no_time_for(words, examples, t
     with pytest.raises(KeyboardInterrupt):
         short(compensate="least-squares", **fields).compress(model, words, examples, report=kill)
     assert same(weights(model), weights(taught))
+
+
+def test_a_refit_that_makes_held_out_rows_worse_is_left_out(words, examples, taught, monkeypatch):
+    from sentei.methods.atp.refit import Refit
+
+    fields = {"sparsity": 0.3, "zeroing": "immediate", "round_channels": 1}
+    plain, spoilt = copy.deepcopy(taught), copy.deepcopy(taught)
+    short(**fields).compress(plain, words, examples)
+    run = Refit.run
+
+    def spoil(self, keep_U):
+        run(self, keep_U)
+        for linear, _ in self._old.values():
+            linear.weight.data.mul_(-1)
+
+    monkeypatch.setattr(Refit, "run", spoil)
+    with pytest.warns(UserWarning, match="the least-squares refit was left out: held-out rows have"):
+        record = short(compensate="least-squares", **fields).compress(spoilt, words, examples)
+    assert record["compensate"] == "none" and not record["freeze"]["refitted"]
+    assert record["freeze"]["loss_after_refit"] > record["freeze"]["loss_before_refit"]
+    assert same(weights(spoilt), weights(plain))
 
 
 def test_too_few_tokens_to_refit(words, examples):

@@ -39,6 +39,12 @@ def alarms(state: dict[str, Any], control_steps: int, final_mask: str) -> list[s
             f"the lasso on B ended the control phase at {freeze['lasso_b'] / state['peak_lasso']:.0%} of the lasso's "
             "peak: rows of dropped units still work; raise beta or give more steps"
         )
+    if not freeze.get("refitted", True):
+        found.append(
+            f"the least-squares refit was left out: held-out rows have {freeze['loss_before_refit']:.3f} without it, "
+            f"{freeze['loss_after_refit']:.3f} with it. A start that names a mask, or fewer control steps, keeps the "
+            "mask nearer to the dense model that it aims at"
+        )
     if final_mask != "topk" and abs(freeze["misses_budget_by"]) > 0:
         found.append(f"final_mask={final_mask} misses the budget by {freeze['misses_budget_by']:+.2%}")
     return found

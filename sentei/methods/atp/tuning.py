@@ -249,7 +249,7 @@ class Tuning:
         if "generator" in self.state:
             self.generator.load_state_dict(self.state["generator"])
             self.generator_optimizer.load_state_dict(self.state["generator_optimizer"])
-            if self.refits and self.state["phase"] == "frozen":
+            if self.state["freeze"].get("refitted"):
                 self.refit.resume()
         if self.state["phase"] == "frozen" and self.method.mask != "none" and not self._live:
             self.adapters.lock(self._keep())
@@ -365,11 +365,24 @@ class Tuning:
         if method.zeroing == "immediate" or self.refits:
             state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
             if self.refits:
-                self.refit.run(keep_U)
+                state["freeze"] |= self._refit(keep_U)
         elif self.ramp:
             state["zeroing"]["shrink"] = self._shrink()
         if not self._live:
             self.adapters.lock(self._keep())
+
+    def _refit(self, keep_U: Tensor) -> dict[str, Any]:
+        """The refit, unless held-out rows are better off without it.
+
+        It aims at the outputs of the dense model. A mask that was free to move has learned the domain as weights do,
+        and is no longer near them.
+        """
+        before = self.held_loss()
+        self.refit.run(keep_U)
+        after = self.held_loss()
+        if not after <= before:
+            self.refit.undo()
+        return {"loss_before_refit": before, "loss_after_refit": after, "refitted": after <= before}
 
     def _shrink(self) -> float:
         """How much faster rows shrink at the end of the ramp than Adam can move them: `shrink`, or what it takes.
