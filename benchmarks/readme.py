@@ -44,6 +44,7 @@ def main() -> None:
             "ingredients-gemma-3-270m": against_peers,
             "fold-smollm2": best_depth,
             "fold-gemma-3-270m": best_depth,
+            "prune-once-minilm-all-rows": best_sparse,
             "prune-once-minilm-layers": best_sparse,
             "atp-legalbench": best_domain,
             "prune-peft-minilm": best_units,
@@ -66,6 +67,7 @@ def main() -> None:
             "search-scaling": scaling,
             "fold-smollm2": depth,
             "fold-gemma-3-270m": depth,
+            "prune-once-minilm-all-rows": sparse,
             "prune-once-minilm-layers": sparse,
             "prune-once-minilm": sparse,
             "prune-once-minilm-head": sparse,
@@ -74,6 +76,7 @@ def main() -> None:
             "atp-legalbench": domain,
             "prune-peft-minilm": units,
             "prune-peft-minilm-ranks": units,
+            "prune-peft-smollm2": units,
             "placements-minilm": placements.markdown,
         }
     )

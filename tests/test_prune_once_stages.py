@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
-from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import sentei
 from sentei import checkpoint, data, structure
@@ -206,6 +214,13 @@ def test_the_layers_alone(words, text):
         Student(steps=100, **FEW).compress(copy.deepcopy(teacher), words, text)
     assert record["objective"] == "hidden" and type(model) is BertModel and model.pooler is not None
     assert record["sparsity"] == pytest.approx(0.7, abs=0.01)
+
+    task = BertForSequenceClassification(model.config)  # the same encoder one attribute further down
+    task.bert = model
+    with lock.Lock.on_zeros(lock.prunable(task)) as held:
+        assert held.checksum() == record["mask_sha256"]
+        next(iter(held.masks.values()))[0, 0] ^= True
+        assert held.checksum() != record["mask_sha256"]
 
 
 def test_chunks_make_no_difference_and_equal_the_full_loss(tokens):

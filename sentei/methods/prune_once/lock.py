@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,16 @@ class Lock:
         return 1 - kept / sum(mask.numel() for mask in self.masks.values())
 
     def checksum(self) -> str:
-        """sha256 of all masks, in order of name."""
+        """sha256 of all masks, in order of name.
+
+        What all names begin with does not count: with a head the same encoder is an attribute of the model.
+        """
         digest = hashlib.sha256()
+        columns = zip(*(name.split(".") for name in self.masks), strict=False)
+        shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
         for name in sorted(self.masks):
-            digest.update(f"{name} {tuple(self.masks[name].shape)}".encode())
+            inside = ".".join(name.split(".")[shared:])
+            digest.update(f"{inside} {tuple(self.masks[name].shape)}".encode())
             digest.update(pack(self.masks[name]).numpy().tobytes())
         return digest.hexdigest()
 
