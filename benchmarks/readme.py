@@ -76,6 +76,8 @@ def main() -> None:
             "atp-legalbench": domain,
             "prune-peft-minilm": units,
             "prune-peft-minilm-ranks": units,
+            "prune-peft-minilm-slices": units,
+            "prune-peft-minilm-boolq": units,
             "prune-peft-smollm2": units,
             "placements-minilm": placements.markdown,
         }

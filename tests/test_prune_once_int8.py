@@ -1,5 +1,6 @@
 """Prune Once for All, the int8 stage: with a runtime where it is installed, and codes alone without one."""
 
+import copy
 import importlib.util
 import json
 
@@ -113,12 +114,16 @@ def test_a_dense_model_is_refused(rows, words):
 @needs_runtime
 @pytest.mark.slow  # NNCF compiles its extension on a new machine
 @pytest.mark.parametrize(
-    "how", [{}, {"scope": "linear+embeddings"}, {"scheme": "int8_paper"}, {"fast_path": "torch_1x4"}], ids=str
+    "how",
+    [{}, {"scope": "linear+embeddings"}, {"scheme": "int8_paper"}, {"fast_path": "torch_1x4"}, {"kd_hidden": 3.0}],
+    ids=str,
 )
 def test_int8_in_the_runtime(how, rows, words, tmp_path):
     model = sparse_model(block=4 if how.get("fast_path") else 1)
     before = zero_sets(model, lock.prunable(model))
-    record = Quantise(**FEW | {"lr": 1e-3} | how).compress(model, words, rows, workdir=tmp_path)
+    teacher = copy.deepcopy(model) if how.get("kd_hidden") else None
+    record = Quantise(**FEW | {"lr": 1e-3} | how).compress(model, words, rows, teacher=teacher, workdir=tmp_path)
+    assert (record["history"][-1].get("hidden", 0) > 0) == (teacher is not None)  # of the quantised layers' outputs
     after = zero_sets(model, before)
     assert all(torch.equal(before[name], before[name] & after[name]) for name in before)
     kernel = {"torch_1x4"} if how.get("fast_path") else set()

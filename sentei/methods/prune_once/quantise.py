@@ -35,7 +35,7 @@ from sentei.methods import Progress, option
 from sentei.methods.prune_once import lock as locks
 from sentei.methods.prune_once.pretrain import to_fp32
 from sentei.methods.prune_once.tasks import Task, in_torch
-from sentei.methods.prune_once.transfer import OnTask, check_teacher
+from sentei.methods.prune_once.transfer import OnTask
 from sentei.train import Batch
 
 SCHEMES = ("int8", "int8_paper", "weights")
@@ -97,9 +97,7 @@ class Quantise(OnTask):
         started = time.monotonic()
         say = report or (lambda event: None)
         task = self._task(text, tokenizer)
-        if teacher is not None:
-            check_teacher(model, teacher)
-            teacher.eval().requires_grad_(False)
+        self._check_teacher(model, teacher)
         held = locks.Lock.on_zeros(locks.lockable(model), model.name_or_path)
         self._check_pattern(held)
         to_fp32(model)

@@ -59,6 +59,12 @@ class OnTask:
     clip: float = option(1.0, "largest gradient norm", "authors' library")
     kd_hard: float = option(0.0, "with a teacher: weight of the labels (without one: labels alone)", "public recipes")
     kd_soft: float = option(1.0, "with a teacher: weight of the distillation", "public recipes")
+    kd_hidden: float = option(
+        0.0,
+        "with a teacher of as many layers: weight of |h - h_teacher|^2 / |h_teacher|^2, mean over layers and tokens; "
+        "there is no dropout then",
+        "ours",
+    )
     temperature: float = option(2.0, "softens both distributions", "authors' script")
     precision: str = option("auto", "fp32, bf16 (autocast over fp32 weights) or auto", "ours")
     save_every: int = option(100, "steps between states on disk", "ours")
@@ -89,6 +95,8 @@ class OnTask:
             raise ValueError(f"seq_len must be at least 8, got {self.seq_len}")
         if min(self.kd_hard, self.kd_soft) < 0 or self.kd_hard + self.kd_soft == 0:
             raise ValueError(f"kd_hard {self.kd_hard} and kd_soft {self.kd_soft}: none below 0, one above 0")
+        if self.kd_hidden < 0 or (self.kd_hidden and not self.kd_soft):
+            raise ValueError(f"kd_hidden is at least 0, and comes on top of kd_soft; got {self.kd_hidden}")
         self._settings(1)
 
     def read(self, spec: Any, text_field: str) -> Any:
@@ -125,6 +133,7 @@ class OnTask:
             clip=self.clip,
             accumulate=self.accumulate,
             precision=self.precision,
+            dropout=not self.kd_hidden,
             save_every=self.save_every,
             seed=self.seed,
         )
@@ -133,7 +142,21 @@ class OnTask:
         return 0.0
 
     def _loss(self, kind: str, teacher: Any | None) -> TaskLoss:
-        return TaskLoss(kind, teacher, self.kd_hard, self.kd_soft, self.temperature)
+        return TaskLoss(kind, teacher, self.kd_hard, self.kd_soft, self.temperature, hidden=self.kd_hidden)
+
+    def _check_teacher(self, model: Any, teacher: Any | None) -> None:
+        """It fits the model and this method; it will not learn."""
+        if teacher is None:
+            if self.kd_hidden:
+                raise ValueError("kd_hidden compares with a teacher; give one (--teacher)")
+            return
+        check_teacher(model, teacher)
+        if self.kd_hidden and len(structure.layers(model)) != len(structure.layers(teacher)):
+            raise ValueError(
+                f"kd_hidden compares layer with layer; the teacher has {len(structure.layers(teacher))}, the "
+                f"student {len(structure.layers(model))}"
+            )
+        teacher.eval().requires_grad_(False)
 
     def _learn(
         self,
@@ -180,18 +203,10 @@ class Transfer(OnTask):
 
     lock: bool = option(True, "keep the zeros; off: fine-tune a dense model, as a teacher or a baseline", "ours")
     prune: float = option(0.0, "above 0: prune the dense model gradually while it learns, the rival of 'once'", "ours")
-    kd_hidden: float = option(
-        0.0,
-        "with a teacher of as many layers: weight of |h - h_teacher|^2 / |h_teacher|^2, mean over layers and tokens; "
-        "there is no dropout then",
-        "ours",
-    )
     weight_decay: float = option(0.01, "on matrices only", "public recipes")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kd_hidden < 0 or (self.kd_hidden and not self.kd_soft):
-            raise ValueError(f"kd_hidden is at least 0, and comes on top of kd_soft; got {self.kd_hidden}")
         if not 0 <= self.prune < 1 or (self.prune and self.lock):
             raise ValueError(f"prune is a sparsity, at least 0 and below 1, and only with lock off; got {self.prune}")
         if not self.lock and not self.prune:
@@ -199,12 +214,6 @@ class Transfer(OnTask):
 
     def _weight_decay(self) -> float:
         return self.weight_decay
-
-    def _settings(self, steps: int) -> Settings:
-        return replace(super()._settings(steps), dropout=not self.kd_hidden)
-
-    def _loss(self, kind: str, teacher: Any | None) -> TaskLoss:
-        return replace(super()._loss(kind, teacher), hidden=self.kd_hidden)
 
     def compress(
         self,
@@ -229,16 +238,7 @@ class Transfer(OnTask):
         """
         started = time.monotonic()
         task = self._task(text, tokenizer)
-        if teacher is not None:
-            check_teacher(model, teacher)
-            if self.kd_hidden and len(structure.layers(model)) != len(structure.layers(teacher)):
-                raise ValueError(
-                    f"kd_hidden compares layer with layer; the teacher has {len(structure.layers(teacher))}, the "
-                    f"student {len(structure.layers(model))}"
-                )
-            teacher.eval().requires_grad_(False)
-        elif self.kd_hidden:
-            raise ValueError("kd_hidden compares with a teacher; give one (--teacher)")
+        self._check_teacher(model, teacher)
         schedule = None
         if self.lock:
             held = locks.Lock.on_zeros(locks.lockable(model), model.name_or_path)
