@@ -167,6 +167,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
         extra = {"fast_path": "torch_1x4"} if kind == "1x4" else {}
         fields = how(args, task, seed) | {
             "epochs": args.int8_epochs, "lr": args.int8_lr, "scope": "linear+embeddings", "scheme": args.scheme,
+            "kd_hidden": args.task_kd_hidden,
         }  # fmt: skip
         once(
             quantised,
@@ -176,6 +177,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
         )
         made = record_of(quantised)
         row["int8"] = {key: made[key] for key in ("scores", "drop", "bytes", "sparsity_int8")}
+        row["int8"]["kd_hidden"] = args.task_kd_hidden  # rows without it have none
         row["same_zeros"] = made["mask_sha256"] == record["mask_sha256"] == record_of(start)["mask_sha256"]
         if not args.keep:
             shutil.rmtree(quantised)
