@@ -239,8 +239,8 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
     if kind in ("one-shot", "random"):
         return once(place, lambda: at_once(teacher, place, sparsity, random=kind == "random"))
     if kind == "small dense":
-        make = small_dense if args.teacher_steps else narrow
-        return once(place, lambda: make(args, teacher, place, sparsity))
+        dense = small_dense if args.teacher_steps else narrow
+        return once(place, lambda: dense(args, teacher, place, sparsity))
     fields = pretraining(args) | {"steps": args.steps, "sparsity": sparsity}
     if kind == "1x4":
         fields["pattern"] = "1x4"
