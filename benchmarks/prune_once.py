@@ -43,9 +43,11 @@ from sentei import checkpoint, data, structure
 from sentei.checkpoint import sparse, zeros
 from sentei.distill import HiddenStates, same_layers
 from sentei.methods.prune_once import lock, pattern
+from sentei.methods.prune_once.pretrain import Student
+from sentei.methods.prune_once.schedule import linear
 from sentei.methods.prune_once.tasks import Task, kind_of
 from sentei.recipe import find_model, make_method
-from sentei.train import Settings, shuffled, train
+from sentei.train import train
 
 KINDS = (
     "dense",
@@ -208,15 +210,20 @@ def pretraining_epochs(args: argparse.Namespace, task: str, seed: int) -> float:
     _, tokenizer = checkpoint.load(teacher_of(args))
     coded = Task(kind_of(rows), rows, tokenizer, method.seq_len, method.stride).encoded("train")
     epoch = sum(len(row["input_ids"]) for row in coded)
-    tokens = args.steps * args.batch_size * args.seq_len
-    if not args.teacher_steps:
-        tokens = args.hidden_steps * args.hidden_batch_size * args.hidden_seq_len
-    return tokens / len(tasks(Path())) / epoch
+    stage_b = pretraining(args) | {"steps": args.steps} if args.teacher_steps else layers_alone(args)
+    return stage_b["steps"] * stage_b["batch_size"] * stage_b["seq_len"] / len(tasks(Path())) / epoch
 
 
 def pretraining(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "data": args.corpus, "batch_size": args.batch_size, "seq_len": args.seq_len, "lr": args.pretrain_lr,
+    }  # fmt: skip
+
+
+def layers_alone(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "objective": "hidden", "start": "fit", "steps": args.hidden_steps, "batch_size": args.hidden_batch_size,
+        "seq_len": args.hidden_seq_len, "lr": args.hidden_lr,
     }  # fmt: skip
 
 
@@ -246,13 +253,10 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
         fields["pattern"] = "1x4"
     if kind in ("prune once, hidden states too", "prune once, fitted"):
         fields["kd_hidden"] = args.kd_hidden
-    if "fitted" in kind or kind == "layers alone":
+    if "fitted" in kind:
         fields["start"] = "fit"
     if kind == "layers alone":
-        fields |= {
-            "objective": "hidden", "steps": args.hidden_steps, "batch_size": args.hidden_batch_size,
-            "seq_len": args.hidden_seq_len, "lr": args.hidden_lr,
-        }  # fmt: skip
+        fields |= layers_alone(args)
     if kind == "fitted alone":
         fields |= {"steps": 1, "lr": 1e-12}
         if not args.teacher_steps:  # no head to train
@@ -308,13 +312,11 @@ def narrow(args: argparse.Namespace, teacher: Path, place: Path, sparsity: float
     )  # fmt: skip
     model, tokenizer = checkpoint.load(cut, dtype="float32")
     dense, _ = checkpoint.load(teacher, dtype="float32")
-    blocks_NT = data.blocks(data.load(args.corpus).train, tokenizer, args.hidden_seq_len)
-    batches = shuffled(
-        blocks_NT, args.hidden_batch_size, seed=0, make=lambda ids_BT, n: {"input_ids": ids_BT, "targets": ids_BT}
-    )
-    settings = Settings(lr=args.hidden_lr, steps=args.hidden_steps, warmup=0.01, weight_decay=0.01, dropout=False)
+    method = Student(**layers_alone(args))
+    batches, _ = method._data(model, tokenizer, data.load(args.corpus), "hidden")
+    warmup = int(method.warmup * args.hidden_steps)
     loss = HiddenStates(dense.eval().requires_grad_(False), same_layers(model))
-    for _ in train(model, batches, loss, settings):
+    for _ in train(model, batches, loss, method._settings(), rate=lambda t: linear(args.hidden_steps, warmup, t)):
         pass
     record = {"method": "narrow", "fields": {"sparsity": sparsity}, "seed": 0, "data": {}, "record": {}}
     return checkpoint.save(model, tokenizer, place, parent=teacher, record=record)

@@ -365,13 +365,13 @@ class Tuning:
         if method.zeroing == "immediate" or self.refits:
             state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
             if self.refits:
-                state["freeze"] |= self._refit(keep_U)
+                state["freeze"] |= self._try_refit(keep_U)
         elif self.ramp:
             state["zeroing"]["shrink"] = self._shrink()
         if not self._live:
             self.adapters.lock(self._keep())
 
-    def _refit(self, keep_U: Tensor) -> dict[str, Any]:
+    def _try_refit(self, keep_U: Tensor) -> dict[str, Any]:
         """The refit, unless held-out rows are better off without it.
 
         It aims at the outputs of the dense model. A mask that was free to move has learned the domain as weights do,
@@ -380,9 +380,10 @@ class Tuning:
         before = self.held_loss()
         self.refit.run(keep_U)
         after = self.held_loss()
-        if not after <= before:
+        stays = after <= before
+        if not stays:
             self.refit.undo()
-        return {"loss_before_refit": before, "loss_after_refit": after, "refitted": after <= before}
+        return {"loss_before_refit": before, "loss_after_refit": after, "refitted": stays}
 
     def _shrink(self) -> float:
         """How much faster rows shrink at the end of the ramp than Adam can move them: `shrink`, or what it takes.
