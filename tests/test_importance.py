@@ -1,5 +1,7 @@
 """Scores on planted units, compensation against exact solutions."""
 
+import copy
+
 import pytest
 import torch
 from conftest import DECODERS, ENCODERS, tiny_model
@@ -141,6 +143,53 @@ def test_solve_matches_direct_least_squares():
     mean = reading.solve(1e9, True)  # all pull, no fit: the mean alone
     torch.testing.assert_close(reading.linear.weight[:, kept], weight[:, kept], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mean, weight[:, ~kept] @ x[:, ~kept].mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_of_a_fit_may_have_weights():
+    """A weight w is as good as the row and its target scaled by the root of w; with a bias too."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(200, 6, generator=generator).double() + 0.5, torch.rand(200, generator=generator).double()
+    old = torch.randn(3, 6, generator=generator).double()
+    kept = torch.tensor([True, True, False, True, True, False])
+    for with_bias in (False, True):
+        linear = linear_of(old)
+        streams = iter((weight[:, None].rsqrt() - x @ old.T).split(50))  # their sum with the outputs has norms
+        reading = compensation._Reading(linear, torch.tensor([2, 5]), None, lambda streams=streams: next(streams))
+        for part in x.split(50):
+            reading(part)
+        shift = reading.solve(0.0, with_bias)
+        design = torch.cat([x[:, kept], torch.full((200, 1), float(with_bias)).double()], 1)
+        root = weight.sqrt()[:, None]
+        wanted = torch.linalg.lstsq(root * design, root * (x @ old.T), driver="gelsd").solution.T
+        torch.testing.assert_close(linear.weight[:, kept], wanted[:, :4], atol=1e-4, rtol=1e-4)
+        if with_bias:
+            torch.testing.assert_close(shift, wanted[:, 4], atol=1e-4, rtol=1e-4)
+
+
+def test_a_relative_refit_is_not_taken_by_one_long_token():
+    """A channel that is cut made the stream of one word a thousand times as long as the others'."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        words, mlp = model.get_input_embeddings().weight, structure.layers(model)[0].mlp
+        words[:, 0] = 0.0
+        words[7] = 0.0
+        words[7, 0] = 1.0
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight[3] = 0.0
+            linear.weight[3, 0] = 20.0
+    units = structure.units(model)
+    text = torch.randint(8, 128, (32, 16), generator=torch.Generator().manual_seed(1))
+    text[:, 0] = 7
+    keep = torch.rand(len(units), generator=torch.Generator().manual_seed(2)) < 0.6
+    keep[units.kind_U == structure.KINDS.index("heads")] = True
+    keep[units.of(0, "channels")[3]] = False
+    gaps = {}
+    for relative in (False, True):
+        small = copy.deepcopy(model)
+        importance.refit(small, units, keep, text, relative=relative, with_bias=False, ridge=1e-6)
+        structure.remove(small, units, keep)
+        gaps[relative] = float((logits(small, text) - logits(model, text))[:, 1:].square().mean())
+    assert gaps[True] < 0.8 * gaps[False], gaps
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "bert"])

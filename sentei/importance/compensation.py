@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sentei import masks, structure
 from sentei.importance.replay import Moments, Replay, Tick, no_tick
@@ -54,27 +55,30 @@ class SecondMoments:
     """
 
     def __init__(self, width: int, error: Callable[[slice], Tensor] | None = None):
-        self.count = 0
+        self.count, self.total = 0, 0.0
         self._upper = torch.zeros(width, width, dtype=torch.double)
         self.x = torch.zeros(width, dtype=torch.double)
         self.error = error
         self.e = self.ex = torch.zeros(())
 
-    def __call__(self, x_TW: Tensor) -> None:
+    def __call__(self, x_TW: Tensor, weight_T1: Tensor | float = 1.0) -> None:
+        """Add a batch; a token counts `weight_T1` times."""
         x_TW = x_TW.float()
+        weighted_TW = x_TW * weight_T1
         if self.error is not None:
             error_TH = self.error(slice(self.count, self.count + len(x_TW))).to(x_TW)
-            self.ex = self.ex + (error_TH.T @ x_TW).double().cpu()
-            self.e = self.e + error_TH.sum(0).double().cpu()
+            self.ex = self.ex + (error_TH.T @ weighted_TW).double().cpu()
+            self.e = self.e + (error_TH * weight_T1).sum(0).double().cpu()
         self.count += len(x_TW)
+        self.total += float(torch.as_tensor(weight_T1).double().expand(len(x_TW), 1).sum())
         for start in range(0, len(self.x), 384):  # below the diagonal is its mirror
             part = slice(start, start + 384)
-            self._upper[part, start:] += (x_TW[:, part].T @ x_TW[:, start:]).double().cpu()
-        self.x += x_TW.sum(0).double().cpu()
+            self._upper[part, start:] += (x_TW[:, part].T @ weighted_TW[:, start:]).double().cpu()
+        self.x += weighted_TW.sum(0).double().cpu()
 
     @property
     def xx(self) -> Tensor:
-        """[W, W] the sum of x x^T."""
+        """[W, W] the sum of x x^T, by weight."""
         return self._upper.triu() + self._upper.triu(1).T
 
     def normal_equations(self, old_HW: Tensor, with_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -87,12 +91,12 @@ class SecondMoments:
         Returns:
             (covariance, wanted, mean, wanted_mean).
         """
-        mean_W = self.x / self.count * with_bias
-        covariance = self.xx / self.count - torch.outer(mean_W, mean_W)
+        mean_W = self.x / self.total * with_bias
+        covariance = self.xx / self.total - torch.outer(mean_W, mean_W)
         wanted_HW, wanted_H = old_HW @ covariance, old_HW @ mean_W
         if self.error is not None:
-            mean_H = self.e / self.count
-            wanted_HW = wanted_HW + self.ex / self.count - torch.outer(mean_H, mean_W)
+            mean_H = self.e / self.total
+            wanted_HW = wanted_HW + self.ex / self.total - torch.outer(mean_H, mean_W)
             wanted_H = wanted_H + mean_H
         return covariance, wanted_HW, mean_W, wanted_H
 
@@ -106,6 +110,7 @@ def refit(
     *,
     ridge: float = 0.1,
     correction: float = 0.0,
+    relative: bool = True,
     with_bias: bool = True,
     batch_size: int = 8,
     tick: Tick = no_tick,
@@ -124,6 +129,10 @@ def refit(
         ridge: pull towards the old weights, in units of the mean variance of the inputs.
         correction: c, for decoders that add a sub-layer's output to the stream as it is. Not 0: the text goes
             through the dense model too.
+        relative: a token's error counts in units of what its residual stream is after the addition, for the same
+            decoders: a norm divides by that before anything is made of the stream. Otherwise the few tokens whose
+            stream is a hundred times as long as all others' (mostly the first: arXiv 2402.17762) can take the whole
+            fit.
         with_bias: False where the target format has no bias.
     Returns:
         (layer, kind) -> [H] bias to add when the units are removed.
@@ -134,6 +143,7 @@ def refit(
     check_refit_tokens(model, units, blocks_NT.numel())
     replay = Replay(model, blocks_NT, batch_size)
     dense = Replay(model, blocks_NT, batch_size) if correction and takes_correction(row) else None
+    relative = relative and takes_correction(row)
     now: dict[str, Tensor] = {}
     bias: dict[tuple[int, str], Tensor] = {}
     for number, layer in enumerate(replay.layers):
@@ -151,8 +161,11 @@ def refit(
                 def lack(of: slice, kind: str = kind, there: dict[str, Tensor] = streams) -> Tensor:
                     return correction * (there[kind][of] - now[kind])
 
-                reading = _Reading(linear, dropped_K, lack if streams else None)
-                replay.watch(number, {kind: reading}, now if streams else None)
+                def stream(kind: str = kind) -> Tensor:
+                    return now[kind]
+
+                reading = _Reading(linear, dropped_K, lack if streams else None, stream if relative else None)
+                replay.watch(number, {kind: reading}, now if streams or relative else None)
                 shift_H = reading.solve(ridge, with_bias)
                 if with_bias:
                     bias[number, kind] = shift_H.to(linear.weight)
@@ -182,8 +195,15 @@ def check_refit_tokens(model: nn.Module, units: Units, tokens: int) -> None:
 class _Reading:
     """A linear that is to read its kept inputs alone: what they know of all that it gave, and of what it lacks."""
 
-    def __init__(self, linear: nn.Linear, dropped_D: Tensor, lack: Callable[[slice], Tensor] | None):
-        self.linear, self.dropped_D, self.lack = linear, dropped_D.to(linear.weight.device), lack
+    def __init__(
+        self,
+        linear: nn.Linear,
+        dropped_D: Tensor,
+        lack: Callable[[slice], Tensor] | None,
+        stream: Callable[[], Tensor] | None = None,
+    ):
+        self.linear, self.dropped_D = linear, dropped_D.to(linear.weight.device)
+        self.lack, self.stream = lack, stream
         kept_W = torch.ones(linear.in_features, dtype=torch.bool, device=linear.weight.device)
         kept_W[self.dropped_D] = False
         self.kept_K = kept_W.nonzero().flatten()
@@ -192,7 +212,11 @@ class _Reading:
 
     def __call__(self, x_TW: Tensor) -> None:
         self.given_TH = x_TW[:, self.dropped_D].float() @ self.linear.weight[:, self.dropped_D].float().T
-        self.seen(x_TW[:, self.kept_K])
+        weight_T1: Tensor | float = 1.0
+        if self.stream is not None:
+            after_TH = (self.stream() + F.linear(x_TW, self.linear.weight, self.linear.bias)).float()
+            weight_T1 = after_TH.square().mean(1, keepdim=True).clamp_min(1e-12).reciprocal()
+        self.seen(x_TW[:, self.kept_K], weight_T1)
 
     def _missing(self, of: slice) -> Tensor:
         return self.given_TH if self.lack is None else self.given_TH + self.lack(of)
