@@ -116,8 +116,10 @@ def tasks(root: Path) -> dict[str, dict[str, Any]]:
 
 SHOWN = {"mrpc": ("accuracy", "f1"), "stsb": ("pearson", "spearman"), "squad": ("exact_match", "f1")}
 """Scores in the table, where a task has more than the one that stands for it."""
-FREE = ("out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model", "keep", "data")
-"""Arguments that choose rows of the table, or say where things are; all others must be equal for all rows."""
+FREE = (
+    "out", "work", "markdown", "rows", "tasks", "seeds", "sparsity", "model", "keep", "data", "no_int8", "int8_lr",
+)  # fmt: skip
+"""Arguments that choose rows of the table, say where things are or stand in the rows; all others must be equal."""
 PARTS = {"train": "train", "validation": "dev", "test": "test"}
 
 
@@ -179,7 +181,7 @@ def make(args: argparse.Namespace, *, kind: str, sparsity: float, task: str, see
         )
         made = record_of(quantised)
         row["int8"] = {key: made[key] for key in ("scores", "drop", "bytes", "sparsity_int8")}
-        row["int8"]["kd_hidden"] = args.task_kd_hidden  # rows without it have none
+        row["int8"] |= {"kd_hidden": args.task_kd_hidden, "lr": args.int8_lr}
         row["same_zeros"] = made["mask_sha256"] == record["mask_sha256"] == record_of(start)["mask_sha256"]
         if not args.keep:
             shutil.rmtree(quantised)
@@ -361,12 +363,15 @@ def markdown(table: dict[str, Any]) -> str:
         "",
     ]
     lines += ["| | sparse | " + " | ".join(" ".join(of) for of in names) + " |", "|---|---|" + "---|" * len(names)]
-    for label, pick in (("", lambda row: row["scores"]), (", int8 in OpenVINO", lambda row: int8_scores(row))):
+    rates = sorted({row["int8"]["lr"] for row in rows if "int8" in row})
+    for rate in (None, *rates):
+        label = "" if rate is None else f", int8 in OpenVINO (rate {rate:g})"
         for kind in KINDS:
             for sparsity in sorted({row["sparsity"] for row in rows if row["kind"] == kind}):
                 chosen = [row for row in rows if row["kind"] == kind and row["sparsity"] == sparsity]
+                scores = [(row["task"], scores_of(row, rate)) for row in chosen]
                 cells = [
-                    cell([pick(row) and pick(row)["test"].get(metric) for row in chosen if row["task"] == task])
+                    cell([of["test"].get(metric) for name, of in scores if of and name == task])
                     for task, metric in names
                 ]
                 if any(c != "-" for c in cells):
@@ -399,9 +404,13 @@ def byte_lines(forms: dict[str, Any]) -> list[str]:
     return lines
 
 
-def int8_scores(row: dict[str, Any]) -> dict[str, Any] | None:
-    scores = row["int8"]["scores"] if "int8" in row else None
-    return scores.get("openvino", scores["torch"]) if scores else None
+def scores_of(row: dict[str, Any], rate: float | None) -> dict[str, Any] | None:
+    """Those of the checkpoint in fp32; of its int8 form, in the runtime, where that was trained at this rate."""
+    if rate is None:
+        return row["scores"]
+    if row.get("int8", {}).get("lr") != rate:
+        return None
+    return row["int8"]["scores"].get("openvino", row["int8"]["scores"]["torch"])
 
 
 def cell(values: list[Any]) -> str:
