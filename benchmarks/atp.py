@@ -12,6 +12,8 @@
     random-mask       the same with random units
     atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
+    atp-kl            LoRA learns on the dense model while the mask is sought that keeps nearest to it, a quarter of the
+                      steps for that, from a start by Taylor scores; least squares at the freeze
     atp-searched      the next row, its masks starting near what policy-gradient keeps, a quarter of the steps for them
     atp-refit, fixed-mask-refit       least squares at the freeze, on as many tokens as the rivals' calibration
     taylor-refit, wanda-refit         least squares after the cut, as policy gradient does by default
@@ -62,8 +64,8 @@ from sentei.train import resolve_precision
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
 METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-healed")
 MORE = (
-    "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample",
-    "atp-threshold", "atp-head-dims", "atp-uniform",
+    "atp-kl", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed",
+    "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
 # Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
@@ -181,6 +183,10 @@ def make(
         "atp": {},
         "atp-healed": {"heal_steps": args.heal_steps},
         "atp-near": {"start": "taylor"},
+        "atp-kl": {
+            "start": "taylor", "compensate": "least-squares", "control_fraction": 0.25, "generator_loss": "kl",
+            "lora_on": "dense", "generator_lr": 1e-2,
+        },
         "atp-searched": {"start": str(searched), "compensate": "least-squares", "control_fraction": 0.25},
         "atp-refit": {"start": "taylor", "compensate": "least-squares"},
         "fixed-mask-refit": {"mask": "taylor", "compensate": "least-squares"},
@@ -188,7 +194,7 @@ def make(
         "atp-threshold": {"final_mask": "threshold"},
         "atp-head-dims": {"units": "head-dims+channels"},
         "atp-uniform": {"shape": "uniform"},
-    }.get(name, {"mask": "none"})
+    }.get(name, {"mask": "none"})  # fmt: skip
     if name != "dense":
         record = replace(method, **variant).compress(small, tokenizer, examples, report=say if args.verbose else None)
         kept = ("steps", "lora_tokens", "slice_tokens", "generator_seconds", "tuning_seconds", "freeze", "zeroing",
@@ -234,10 +240,9 @@ def prune(
         "calibration_samples": args.calibration, "calibration_seq_len": args.seq_len,
     }  # fmt: skip
     if name == "policy-gradient":
-        method: Any = PolicyGradient(  # the table began without slopes and divergence
-            reward="lm_loss", slope_sweeps=0, coarse_steps=args.search_steps, batch_size=args.batch_size,
-            seq_len=args.seq_len, eval_samples=8, **fields,
-        )  # fmt: skip
+        if args.search_steps:  # some tables began before slopes and divergence
+            fields |= {"reward": "lm_loss", "slope_sweeps": 0, "coarse_steps": args.search_steps}
+        method: Any = PolicyGradient(batch_size=args.batch_size, seq_len=args.seq_len, eval_samples=8, **fields)
     else:
         criterion, _, refits = name.partition("-")
         scope, compensate = "family" if criterion == "taylor" else "layer", "least-squares" if refits else "none"
@@ -466,7 +471,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slice-rows", type=int, help="for the generator (a tenth, at least 64)")
     parser.add_argument("--tokens", choices=["lora", "all"], default="lora", help="which tokens are equal")
     parser.add_argument("--heal-steps", type=int, default=100)
-    parser.add_argument("--search-steps", type=int, default=50, help="of the policy gradient")
+    parser.add_argument(
+        "--search-steps", type=int, default=0, help="of the policy gradient, on the loss; 0: its default"
+    )
     parser.add_argument("--calibration", type=int, default=64, help="blocks for taylor, wanda and policy gradient")
     parser.add_argument("--train-rows", type=int, help="at most")
     parser.add_argument("--test-rows", type=int, help="at most, all if not given")

@@ -12,6 +12,7 @@ from torch import nn
 from sentei import checkpoint, head_dims, lora, structure
 from sentei.distill import Distillation
 from sentei.methods.atp import selection, wiring
+from sentei.methods.atp.gradients import mask_gradient
 from sentei.methods.atp.wiring import Adapters, MaskBook
 from sentei.train import causal_batch
 
@@ -166,6 +167,32 @@ def test_leaf_gradient_is_the_joint_gradient(space):
     (soft * gradient).sum().backward()
     torch.testing.assert_close(split.grad, joint.grad, atol=1e-6, rtol=1e-5)
     assert float(joint.grad.abs().max()) > 0
+
+
+def test_gradient_of_the_divergence_from_the_untuned_model():
+    """Against the same divergence written out; the untuned model has no part in what the adapters learned since."""
+    made, model = Adapted("llama", "groups+channels"), toy("llama")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+    mask = torch.rand(len(made.units), generator=torch.Generator().manual_seed(3)).requires_grad_()
+    with made.book.using("full", mask):
+        said = made.model(input_ids=IDS, use_cache=False).logits[:, :-1].log_softmax(-1)
+    divergence = (expected.exp() * (expected - said)).sum(-1).mean()
+    divergence.backward()
+    trained = [p.requires_grad for p in made.model.parameters()]
+    before = made.logits("off")
+    loss = Distillation(wiring.Teacher(made.model, made.book, None), ce_weight=0.0)
+    losses, gradient, _ = mask_gradient(made.model, made.book, mask, [causal_batch(IDS)], "fp32", loss=loss)
+    assert losses["loss"] == losses["kl"] == pytest.approx(divergence.item(), rel=1e-4) and losses["ce"] > 1
+    torch.testing.assert_close(gradient, mask.grad, atol=1e-6, rtol=1e-3)
+    assert trained == [p.requires_grad for p in made.model.parameters()]
+    assert torch.equal(before, made.logits("off"))  # the adapters work again
+    fresh = Adapted("llama", "groups+channels", live=False)
+    loss = Distillation(wiring.Teacher(fresh.model, fresh.book, None), ce_weight=0.0)
+    losses, gradient, _ = mask_gradient(
+        fresh.model, fresh.book, torch.ones(len(fresh.units)), [causal_batch(IDS)], "fp32", loss=loss
+    )
+    assert losses["kl"] == pytest.approx(0, abs=1e-6) and float(gradient.abs().max()) < 1e-6
 
 
 def test_checkpointing_changes_no_loss_and_no_gradient():

@@ -186,7 +186,7 @@ def test_recipes_with_the_rows_they_ask_for(name, written, words, monkeypatch):
     if name == "atp-rivals":
         assert list(stages) == [
             "dense-lora", "wanda", "wanda-lora", "taylor", "taylor-lora", "policy-gradient", "policy-gradient-lora",
-            "fixed-mask", "atp",
+            "fixed-mask", "atp", "atp-kl",
         ]  # fmt: skip
         for rival in ("wanda", "taylor", "policy-gradient"):
             assert f"model: atp-rivals/{rival}\n" in stages[f"{rival}-lora"] and "mask: none" in stages[f"{rival}-lora"]
@@ -199,7 +199,7 @@ def test_recipes_with_the_rows_they_ask_for(name, written, words, monkeypatch):
             "data: train=pubmedqa-train.jsonl",
         )
         tuned = [stage for stage in stages.values() if "method: atp\n" in stage]
-        assert len(tuned) == 6 and all(line in stage for stage in tuned for line in same)
+        assert len(tuned) == 7 and all(line in stage for stage in tuned for line in same)
 
 
 # --- overhead -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ penalty empties the LoRA rows of what is to go, and the cut at the end takes awa
       minimise CE(slice) + alpha log(max(r, p) / min(r, p)), r kept and p wanted        `Tuning._decide`
    b. draw a hard mask; LoRA: base masked, LoRA free; minimise CE + beta R_GL, R_GL the
       group lasso over LoRA rows of dropped units                                       `Tuning._lora_loss`
+   Ours, on request: LoRA learns on the dense model meanwhile (lora_on=dense), and the
+   generator seeks the mask that keeps nearest to it (generator_loss=kl)
 4. Freeze: the units with the highest logits, exactly within the budget; on request a
    least-squares refit of what reads them                                               `selection.top_k`, `Refit`
 5. Frozen phase: shrink the LoRA rows of dropped units to exact zeros, then go on       `Tuning._frozen`
@@ -45,7 +47,7 @@ from sentei.data.examples import Examples
 from sentei.data.examples import load as load_rows
 from sentei.methods import Progress, option
 from sentei.methods.atp import selection, wiring
-from sentei.methods.atp.healing import Teacher, heal
+from sentei.methods.atp.healing import heal
 from sentei.methods.atp.refit import check_tokens
 from sentei.methods.atp.tuning import Data, Tuning
 from sentei.structure import Units
@@ -112,6 +114,15 @@ class ATP:
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
     offset: float = option(3.0, "added to every logit, which are near 0 at first: the run starts dense", CODE)
     mask_in_loss: str = option("soft", "what masks the model in the generator's step: soft, or hard", CODE)
+    generator_loss: str = option(
+        "ce",
+        "what the generator lowers on its rows: ce, the cross-entropy; or kl, the divergence from the dense model "
+        "(with lora_on=dense as it is tuned by then), so that the mask does not learn in place of LoRA",
+        CODE,
+    )
+    lora_on: str = option(
+        "masked", "what LoRA trains on in the control phase: the masked model, or the dense one, without lasso", CODE
+    )
     slice_rows: int | None = option(None, "training rows for the generator; none: a tenth, at least 64", OURS)
     alpha: float = option(5.0, "weight of the budget term", CODE)
     beta: float = option(0.3, "weight of the group lasso in the control phase", CODE)
@@ -187,7 +198,8 @@ class ATP:
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
             ("mask_in_loss", ("soft", "hard")), ("precision", ("auto", "fp32", "bf16")),
-            ("compensate", COMPENSATIONS),
+            ("compensate", COMPENSATIONS), ("generator_loss", ("ce", "kl")),
+            ("lora_on", ("masked", "dense")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
@@ -466,7 +478,7 @@ class ATP:
 
     def _heal(self, run: Tuning, model: Any, book: wiring.MaskBook, report: Progress | None) -> dict[str, Any]:
         before, tokens = run.held_loss(), 0
-        teacher = Teacher(model, book, "teacher")
+        teacher = wiring.Teacher(model, book, "teacher")
         steps = heal(run, teacher, self.heal_steps, weight=self.heal_weight, temperature=self.heal_temperature)
         for step in steps:
             tokens = step.tokens

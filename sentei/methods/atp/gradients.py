@@ -1,4 +1,4 @@
-"""What the model says about a mask: the gradient of its cross-entropy with respect to the mask's values.
+"""What the model says about a mask: the gradient of its loss with respect to the mask's values.
 
 Shape legend: U units.
 """
@@ -20,9 +20,16 @@ from sentei.train import IGNORE, Batch, Batches, autocast, evaluating
 
 
 def mask_gradient(
-    model: Any, book: MaskBook, mask_U: Tensor, micro: Sequence[Batch], precision: str, *, checkpointing: bool = False
-) -> tuple[float, Tensor, int]:
-    """(cross-entropy of all processes' micro-batches under a mask, its gradient [U] on the CPU, targets).
+    model: Any,
+    book: MaskBook,
+    mask_U: Tensor,
+    micro: Sequence[Batch],
+    precision: str,
+    *,
+    loss: Distillation | None = None,
+    checkpointing: bool = False,
+) -> tuple[dict[str, float], Tensor, int]:
+    """(losses of all processes' micro-batches under a mask, the gradient of "loss" [U] on the CPU, targets).
 
     The mask is a leaf: nothing upstream of it is touched. The model is called unwrapped, with dropout off, and no
     parameter gets a gradient.
@@ -30,22 +37,24 @@ def mask_gradient(
     Args:
         mask_U: hard or soft, any device.
         micro: this process's micro-batches, weighted by their targets.
+        loss: None is cross-entropy; of one with a teacher, "kl" is among the losses.
     """
     device = next(model.parameters()).device
     moved = [{name: x.to(device) for name, x in batch.items()} for batch in micro]
     counts = [int((batch["targets"] != IGNORE).sum()) for batch in moved]
     total = int(summed(torch.tensor(float(sum(counts)))))
     leaf_U = mask_U.detach().to(device).requires_grad_()
-    gradient_U, ce = torch.zeros(len(mask_U)), torch.zeros(())
+    gradient_U, losses = torch.zeros(len(mask_U)), dict[str, Tensor]()
     with _inference_mode_of_modules(model, checkpointing):
         for batch, count in zip(moved, counts, strict=True):
             with book.using("full", leaf_U):
                 with autocast(precision, device):
-                    found = Distillation()(model, batch)
+                    found = (loss or Distillation())(model, batch)
                 (grad_U,) = torch.autograd.grad(found["loss"] * (count / total), leaf_U)
             gradient_U += grad_U.float().cpu()
-            ce += found["ce"].float().cpu() * (count / total)
-    return float(summed(ce)), summed(gradient_U), total
+            for name, value in found.items():
+                losses[name] = losses.get(name, torch.zeros(())) + value.detach().float().cpu() * (count / total)
+    return {name: float(summed(value)) for name, value in losses.items()}, summed(gradient_U), total
 
 
 def taylor(

@@ -6,15 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
-
-from sentei import structure
 from sentei.distill import Distillation
 from sentei.methods import settings as settings_of
 from sentei.methods.atp.tuning import Tuning
-from sentei.methods.atp.wiring import MaskBook
-from sentei.train import Settings, Step, evaluating, mix, train
+from sentei.train import Settings, Step, mix, train
 
 
 def heal(
@@ -25,7 +20,7 @@ def heal(
     Loss: (1 - weight) CE + weight t^2 KL(teacher || student) on the positions of the CE.
 
     Args:
-        teacher: from `as_teacher`.
+        teacher: a `wiring.Teacher` of that adapter.
     """
     method, keep_U = tuning.method, tuning._keep()
     settings = Settings(
@@ -54,36 +49,3 @@ def heal(
         finally:
             tuning.adapters.unlock()
     tuning.adapters.zero(keep_U)
-
-
-class Teacher(nn.Module):
-    """The dense model with its own adapter, on the same base weights: switched in for its forward passes only.
-
-    Looks to `Distillation` like a model: base model, head, configuration.
-    """
-
-    base_model_prefix = "switched"
-
-    def __init__(self, model: Any, book: MaskBook, adapter: str):
-        super().__init__()
-        self.__dict__.update(model=model, book=book, adapter=adapter)
-        self.config = model.config
-        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-        def switched(**inputs: Tensor) -> Any:
-            trained = {p: p.requires_grad for p in model.parameters()}
-            try:
-                for layer in layers:
-                    layer.set_adapter(adapter)
-                with evaluating(model), book.using("off"):
-                    return structure.base_model(model)(**inputs)
-            finally:
-                for layer in layers:
-                    layer.set_adapter("default")
-                for parameter, requires in trained.items():
-                    parameter.requires_grad_(requires)
-
-        self.__dict__["switched"] = switched
-
-    def get_output_embeddings(self) -> Any:
-        return self.__dict__["model"].get_output_embeddings()

@@ -14,7 +14,8 @@ def alarms(state: dict[str, Any], control_steps: int, final_mask: str) -> list[s
     """Sentences for the user, none for a healthy run.
 
     Args:
-        state: of the run after its freeze: "freeze", "budget" (budget loss of every decision), "peak_lasso".
+        state: of the run after its freeze: "freeze", "budget" (budget loss of every decision), "peak_lasso" (0 where
+            nothing was pulled down before it).
     """
     freeze = state["freeze"]
     if not freeze:
@@ -34,7 +35,7 @@ def alarms(state: dict[str, Any], control_steps: int, final_mask: str) -> list[s
     if freeze["undecided"] > 0.02:
         found.append(f"{freeze['undecided']:.1%} of the units were undecided at the freeze (healthy: below 2 %)")
     # Of B alone: while the rows of B are zero, the columns of A that read them compute nothing, however large they are.
-    if freeze["lasso_b"] > 0.1 * state["peak_lasso"]:
+    if state["peak_lasso"] and freeze["lasso_b"] > 0.1 * state["peak_lasso"]:
         found.append(
             f"the lasso on B ended the control phase at {freeze['lasso_b'] / state['peak_lasso']:.0%} of the lasso's "
             "peak: rows of dropped units still work; raise beta or give more steps"

@@ -22,7 +22,7 @@ from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import gradients, health, ranks, selection
 from sentei.methods.atp.refit import Refit
-from sentei.methods.atp.wiring import Adapters, MaskBook
+from sentei.methods.atp.wiring import Adapters, MaskBook, Teacher
 from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
 from sentei.train import (
@@ -104,6 +104,10 @@ class Tuning:
         self.generator_optimizer = torch.optim.AdamW(
             groups, lr=method.generator_lr, weight_decay=method.generator_weight_decay
         )
+        self.guide: Distillation | None = None
+        if method.generator_loss == "kl":
+            adapter = "default" if method.lora_on == "dense" else None
+            self.guide = Distillation(Teacher(model, book, adapter), ce_weight=0.0)
         self.slice_batches = data.batches(data.slice, mix(method.seed, "slice")) if learned else None
         self.state: dict[str, Any] = {
             "phase": "control" if self.control_steps else "frozen",
@@ -199,10 +203,15 @@ class Tuning:
             self.adapters.lock(self._keep())
 
     def _lora_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy with the base masked and the adapters free, plus the pull on dropped rows."""
+        """Cross-entropy with the base masked and the adapters free, plus the pull on dropped rows.
+
+        With lora_on=dense nothing is masked, or pulled, until the mask is frozen.
+        """
         if not self._loaded:
             self._restore()
         self.book.mask_U = self._mask()
+        if self.control_steps and self.method.lora_on == "dense":
+            self.book.mode = "off" if self.state["phase"] == "control" else "base"
         found = Distillation()(model, batch)
         beta = self._beta()
         if not beta:
@@ -212,7 +221,7 @@ class Tuning:
 
     def _beta(self) -> float:
         if self.state["phase"] == "control":
-            return self.method.beta
+            return self.method.beta if self.method.lora_on == "masked" else 0.0
         return self.method.beta_last if self._live else 0.0
 
     def _after(self, step: Step) -> bool:
@@ -221,7 +230,8 @@ class Tuning:
         entry: dict[str, Any] = {"step": step.step, "phase": state["phase"], "ce": step.losses["ce"]}
         if state["phase"] == "control":
             entry |= state["last"] | self.adapters.levels(self._mask())
-            state["peak_lasso"] = max(state["peak_lasso"], entry["lasso"])
+            if self.method.lora_on == "masked":
+                state["peak_lasso"] = max(state["peak_lasso"], entry["lasso"])
         entry |= {"lora_tokens": step.tokens, "slice_tokens": state["slice_tokens"], "seconds": step.seconds}
         if state["phase"] == "control":
             if step.step >= self.control_steps:
@@ -270,7 +280,7 @@ class Tuning:
         noise_U = decisions.gumbel(len(self.units), method.seed, "generator", step)
         soft_U, hard_U = decisions.binarise(logits_U, noise_U, method.temperature, method.offset)
         forward_U = hard_U if method.mask_in_loss == "hard" else soft_U
-        ce, gradient_U, tokens = self._mask_gradient(ranks.shared(forward_U.detach()), step)
+        losses, gradient_U, tokens = self._mask_gradient(ranks.shared(forward_U.detach()), step)
         cost_U = self.units.cost_U.float()
         kept = (hard_U * cost_U).sum() / cost_U.sum()
         price = decisions.budget_loss(kept, 1 - method.sparsity)
@@ -279,8 +289,8 @@ class Tuning:
         self.generator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.generator.parameters(), method.generator_clip or math.inf)
-        if not (math.isfinite(ce) and bool(torch.isfinite(norm))):
-            raise ValueError(self._not_finite(f"cross-entropy {ce} on the generator's slice, step {step}"))
+        if not (math.isfinite(losses["loss"]) and bool(torch.isfinite(norm))):
+            raise ValueError(self._not_finite(f"loss {losses['loss']} on the generator's slice, step {step}"))
         self.generator_optimizer.step()
         before_U = self.state["keep"]
         keep_U, sampled = self._sample(step)
@@ -297,7 +307,8 @@ class Tuning:
         state["slice_tokens"] += tokens
         state["generator_seconds"] += time.monotonic() - begun
         state["last"] = {
-            "slice_ce": ce,
+            "slice_ce": losses["ce"],
+            **({"slice_kl": losses["kl"]} if "kl" in losses else {}),
             "budget_loss": float(price.detach()),
             "kept": sampled,
             "wanted_kept": 1 - method.sparsity,
@@ -309,14 +320,14 @@ class Tuning:
             },
         }
 
-    def _mask_gradient(self, mask_U: Tensor, step: int) -> tuple[float, Tensor, int]:
-        """Cross-entropy of the slice's next batches under a mask, its gradient [U] and the number of targets."""
+    def _mask_gradient(self, mask_U: Tensor, step: int) -> tuple[dict[str, float], Tensor, int]:
+        """Losses of the slice's next batches under a mask, the gradient [U] and the number of targets."""
         assert self.slice_batches is not None
         method, world, rank = self.method, self.processes.num_processes, self.processes.process_index
         first = step // method.control_every * method.accumulate * world
         micro = [self.slice_batches(n) for n in range(first + rank, first + method.accumulate * world, world)]
         return gradients.mask_gradient(
-            self.model, self.book, mask_U, micro, self.precision, checkpointing=method.checkpointing
+            self.model, self.book, mask_U, micro, self.precision, loss=self.guide, checkpointing=method.checkpointing
         )
 
     def _sample(self, step: int) -> tuple[Tensor, float]:

@@ -346,3 +346,39 @@ class Adapters:
         for factor, dimension, unit_R in self.rows:
             factor.mul_(keep_U.bool()[unit_R].to(factor.dtype).unsqueeze(1 - dimension))
         return largest
+
+
+class Teacher(nn.Module):
+    """The dense model on the same base weights, switched in for its forward passes only.
+
+    Looks to `Distillation` like a model: base model, head, configuration.
+
+    Args:
+        adapter: by name; None: without any, as it was before it was tuned.
+    """
+
+    base_model_prefix = "switched"
+
+    def __init__(self, model: Any, book: MaskBook, adapter: str | None):
+        super().__init__()
+        self.__dict__.update(model=model, book=book, adapter=adapter)
+        self.config = model.config
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+        def switched(**inputs: Tensor) -> Any:
+            trained = {p: p.requires_grad for p in model.parameters()}
+            try:
+                for layer in layers:
+                    layer.enable_adapters(False) if adapter is None else layer.set_adapter(adapter)
+                with evaluating(model), book.using("off"):
+                    return structure.base_model(model)(**inputs)
+            finally:
+                for layer in layers:
+                    layer.enable_adapters(True) if adapter is None else layer.set_adapter("default")
+                for parameter, requires in trained.items():
+                    parameter.requires_grad_(requires)
+
+        self.__dict__["switched"] = switched
+
+    def get_output_embeddings(self) -> Any:
+        return self.__dict__["model"].get_output_embeddings()
