@@ -10,10 +10,10 @@
     taylor, wanda, policy-gradient    pruned first, then LoRA of the same rank on the same tokens
     fixed-mask        ATP's own LoRA with a Taylor mask, cut from step 0: what is left without learning the mask
     random-mask       the same with random units
-    atp, atp-healed   the method; healed: distilled from a dense-LoRA model at the end
+    atp-kl            the method as it is by default: LoRA learns on the dense model while the mask is sought that keeps
+                      nearest to it, from a start by Taylor scores; least squares at the freeze
+    atp, atp-healed   in the paper's form, as all that follow; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
-    atp-kl            LoRA learns on the dense model while the mask is sought that keeps nearest to it, a quarter of the
-                      steps for that, from a start by Taylor scores; least squares at the freeze
     atp-searched      the next row, its masks starting near what policy-gradient keeps, a quarter of the steps for them
     atp-refit, fixed-mask-refit       least squares at the freeze, on as many tokens as the rivals' calibration
     taylor-refit, wanda-refit         least squares after the cut, as policy gradient does by default
@@ -55,16 +55,16 @@ from sentei import checkpoint, structure
 from sentei.data import Text, prompts
 from sentei.data.examples import Examples
 from sentei.evaluate import domain
-from sentei.methods.atp import ATP
+from sentei.methods.atp import ATP, PAPER
 from sentei.methods.one_shot import OneShot
 from sentei.methods.policy_gradient import PolicyGradient
 from sentei.recipe import find_model
 from sentei.train import resolve_precision
 
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
-METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-healed")
+METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-kl")
 MORE = (
-    "atp-kl", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed",
+    "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed",
     "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
@@ -135,9 +135,8 @@ def answers(rows: list[prompts.Row]) -> list[int] | None:
 def method_of(args: argparse.Namespace, sparsity: float, seed: int) -> ATP:
     return ATP(
         sparsity=sparsity, steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, template=args.template,
-        loss_on=args.loss_on, seed=seed, patience=0, lr=args.lr, generator_lr=args.generator_lr,
-        lora_rank=args.rank, eval_rows=args.eval_rows, slice_rows=args.slice_rows, control_every=args.control_every,
-        refit_tokens=args.calibration * args.seq_len,
+        loss_on=args.loss_on, seed=seed, patience=0, lr=args.lr, lora_rank=args.rank, eval_rows=args.eval_rows,
+        slice_rows=args.slice_rows, control_every=args.control_every, refit_tokens=args.calibration * args.seq_len,
     )  # fmt: skip
 
 
@@ -176,25 +175,24 @@ def make(
         searched.mkdir(exist_ok=True)
         (searched / "compression.json").write_text(json.dumps({"stages": [{"record": {"kept": record["kept"]}}]}))
         del pruned
+    paper = PAPER | {"generator_lr": args.generator_lr}
+    refitted = paper | {"compensate": "least-squares"}
     variant = {
         "fixed-mask": {"mask": "taylor"},
         "fixed-mask-healed": {"mask": "taylor", "heal_steps": args.heal_steps},
-        "random-mask": {"mask": "random"},
-        "atp": {},
-        "atp-healed": {"heal_steps": args.heal_steps},
-        "atp-near": {"start": "taylor"},
-        "atp-kl": {
-            "start": "taylor", "compensate": "least-squares", "control_fraction": 0.25, "generator_loss": "kl",
-            "lora_on": "dense", "generator_lr": 1e-2,
-        },
-        "atp-searched": {"start": str(searched), "compensate": "least-squares", "control_fraction": 0.25},
-        "atp-refit": {"start": "taylor", "compensate": "least-squares"},
         "fixed-mask-refit": {"mask": "taylor", "compensate": "least-squares"},
-        "atp-last-sample": {"final_mask": "last_sample"},
-        "atp-threshold": {"final_mask": "threshold"},
-        "atp-head-dims": {"units": "head-dims+channels"},
-        "atp-uniform": {"shape": "uniform"},
-    }.get(name, {"mask": "none"})  # fmt: skip
+        "random-mask": {"mask": "random"},
+        "atp": paper,
+        "atp-healed": paper | {"heal_steps": args.heal_steps},
+        "atp-kl": {},
+        "atp-near": paper | {"start": "taylor"},
+        "atp-searched": refitted | {"start": str(searched), "control_fraction": 0.25},
+        "atp-refit": refitted | {"start": "taylor"},
+        "atp-last-sample": paper | {"final_mask": "last_sample"},
+        "atp-threshold": paper | {"final_mask": "threshold"},
+        "atp-head-dims": paper | {"units": "head-dims+channels"},
+        "atp-uniform": paper | {"shape": "uniform"},
+    }.get(name, {"mask": "none"})
     if name != "dense":
         record = replace(method, **variant).compress(small, tokenizer, examples, report=say if args.verbose else None)
         kept = ("steps", "lora_tokens", "slice_tokens", "generator_seconds", "tuning_seconds", "freeze", "zeroing",
@@ -466,7 +464,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loss-on", default="full")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--generator-lr", type=float, default=1e-3)
+    parser.add_argument("--generator-lr", type=float, default=1e-3, help="of the paper's form")
     parser.add_argument("--control-every", type=int, default=1)
     parser.add_argument("--slice-rows", type=int, help="for the generator (a tenth, at least 64)")
     parser.add_argument("--tokens", choices=["lora", "all"], default="lora", help="which tokens are equal")

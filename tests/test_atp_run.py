@@ -20,7 +20,7 @@ from sentei.data.examples import Examples
 from sentei.data.prompts import make_row
 from sentei.distill import Distillation
 from sentei.methods import atp
-from sentei.methods.atp import ATP, selection, wiring
+from sentei.methods.atp import ATP, PAPER, selection, wiring
 from sentei.report import reading
 from sentei.train import Settings, shuffled, train
 
@@ -28,14 +28,15 @@ TOY = {
     "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-SHORT = {
+SHORT = PAPER | {
+    "generator_lr": 1e-2,
     "steps": 12, "batch_size": 4, "slice_rows": 8, "seq_len": 40, "round_channels": 4, "lr": 1e-3,
-    "generator_lr": 1e-2, "eval_rows": 8, "eval_every": 2, "patience": 0, "lora_rank": 4,
+    "eval_rows": 8, "eval_every": 2, "patience": 0, "lora_rank": 4,
 }  # fmt: skip
 ROOT = Path(__file__).parents[1]
 # Toy runs are too short to converge, which ATP says.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(the freeze|lasso's peak|steps are few|was not met|not held|changed sides|misses the)"
+    "ignore:.*(the freeze|lasso's peak|steps are few|was not met|not held|changed sides|misses the|refit was left)"
 )
 
 
@@ -188,6 +189,7 @@ def test_same_seed_same_model(words, examples):
         {"zeroing": "beta"},
         {"start": "taylor"},
         {"generator_loss": "kl"},
+        {"start": "taylor", "lora_on": "dense", "generator_loss": "kl", "compensate": "auto", "lr": 1e-5},
         {"mask": "taylor"},
         {"mask": "random"},
         {"compensate": "least-squares", "start": "taylor", "generator_lr": 1e-9, "lr": 1e-9},
@@ -201,7 +203,7 @@ def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, taugh
     model = taught if "compensate" in fields else toy()  # only what has learned something is worth a refit
     whole, killed, resumed = (copy.deepcopy(model) for _ in range(3))
     expected = how.compress(whole, words, examples)
-    assert expected["compensate"] == fields.get("compensate", "none")
+    assert expected["compensate"] == fields.get("compensate", "none").replace("auto", "least-squares")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     before = weights(killed)
 
@@ -244,6 +246,58 @@ def test_who_learns_from_what(words, examples, monkeypatch):
     short().compress(toy(), words, examples)
     assert len(trail) == 6 and all(same(trail_base[0], base) for base in trail_base)
     assert loss is tuning.Tuning._lora_loss
+
+
+def test_lora_on_the_dense_model_and_the_mask_nearest_to_it(words, examples, taught, monkeypatch):
+    """The default form. Nothing is masked for LoRA before the freeze; useless channels rank below the others."""
+    from sentei.methods.atp import tuning
+
+    model, modes, chosen = copy.deepcopy(taught), [], {}
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::4] = 0
+    learn, top_k = tuning.Tuning._lora_loss, selection.top_k
+
+    def watched(self, model, batch):
+        losses = learn(self, model, batch)
+        modes.append((self.state["phase"], self.book.mode, "lasso" in losses))
+        return losses
+
+    def look(logits, units, *rest, **more):
+        chosen.update(logits=logits, units=units)
+        return top_k(logits, units, *rest, **more)
+
+    monkeypatch.setattr(tuning.Tuning, "_lora_loss", watched)
+    monkeypatch.setattr(selection, "top_k", look)
+    ours = {name: value for name, value in SHORT.items() if name not in PAPER}
+    how = ATP(**ours | {"steps": 80, "control_fraction": 0.75, "sparsity": 0.3, "round_channels": 1, "eval_every": 5})
+    record = how.compress(model, words, examples)
+    assert modes == [("control", "off", False)] * 60 + [("frozen", "base", False)] * 20
+    control = [entry for entry in record["history"] if entry["phase"] == "control"]
+    assert all(entry["slice_kl"] > 0 for entry in control)
+    assert "refitted" in record["freeze"] and not any("lasso" in alarm for alarm in record["warnings"])
+    channels = torch.stack([chosen["units"].of(layer, "channels") for layer in range(2)])
+    useless = torch.zeros_like(channels, dtype=torch.bool)
+    useless[:, ::4] = True
+    assert chosen["logits"][channels[useless]].mean() < chosen["logits"][channels[~useless]].mean() - 1
+    assert record["removed_of_prunable"] == pytest.approx(0.3, abs=0.01)
+    assert record["zeroing"]["forward_gap"] <= 1e-5 and record["cut_against_masked"] <= 1e-4
+    assert_plain(model)
+
+
+def test_a_refit_comes_by_itself_where_it_can():
+    assert ATP().refits and ATP(compensate="least-squares", mask="taylor").refits
+    for fields in (
+        {"units": "head-dims+channels"},
+        {"zeroing": "beta"},
+        {"heal_steps": 5},
+        {"mask": "taylor"},
+        {"mask": "none"},
+        {"mask": "none", "compensate": "least-squares"},
+        {"compensate": "none"},
+    ):
+        assert not ATP(**fields).refits, fields
+        ATP(**fields).check()
 
 
 @pytest.mark.parametrize("mask", ["taylor", "random", "none"])

@@ -186,7 +186,7 @@ def test_recipes_with_the_rows_they_ask_for(name, written, words, monkeypatch):
     if name == "atp-rivals":
         assert list(stages) == [
             "dense-lora", "wanda", "wanda-lora", "taylor", "taylor-lora", "policy-gradient", "policy-gradient-lora",
-            "fixed-mask", "atp", "atp-kl",
+            "fixed-mask", "atp", "atp-paper",
         ]  # fmt: skip
         for rival in ("wanda", "taylor", "policy-gradient"):
             assert f"model: atp-rivals/{rival}\n" in stages[f"{rival}-lora"] and "mask: none" in stages[f"{rival}-lora"]

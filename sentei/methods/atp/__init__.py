@@ -6,24 +6,26 @@ penalty empties the LoRA rows of what is to go, and the cut at the end takes awa
 
 1. Find the removable units and wire every row of every linear to its unit              `wiring.units_of`, `wiring.wire`
 2. Split the rows: LoRA learns on most, the generator on a slice of its own             `prompts.hold_out`
-3. Control phase. In turn:                                                              `Tuning.run`
+3. Control phase. In turn, in the paper:                                                `Tuning.run`
    a. the generator: soft masks from its logits and Gumbel noise, base and LoRA masked;
       minimise CE(slice) + alpha log(max(r, p) / min(r, p)), r kept and p wanted        `Tuning._decide`
    b. draw a hard mask; LoRA: base masked, LoRA free; minimise CE + beta R_GL, R_GL the
       group lasso over LoRA rows of dropped units                                       `Tuning._lora_loss`
-   Ours, on request: LoRA learns on the dense model meanwhile (lora_on=dense), and the
-   generator seeks the mask that keeps nearest to it (generator_loss=kl)
-4. Freeze: the units with the highest logits, exactly within the budget; on request a
+   In ours, the default, LoRA learns on the dense model meanwhile, without R_GL, and a
+   takes KL(dense || masked) in place of CE, from a start near the budget
+4. Freeze: the units with the highest logits, exactly within the budget; ours: a
    least-squares refit of what reads them                                               `selection.top_k`, `Refit`
-5. Frozen phase: shrink the LoRA rows of dropped units to exact zeros, then go on       `Tuning._frozen`
-   tuning the others; keep the best on held-out rows
+5. Frozen phase: LoRA rows of dropped units to exact zeros (without a refit gradually), `Tuning._frozen`
+   then go on tuning the others, the base masked; keep the best on held-out rows
 6. Optionally distil the tuned dense model into the masked one                          `healing.heal`
 7. Merge LoRA in fp32, cut, compare the cut model with the masked one                   `ATP.compress`
 
 From the paper's public code and its training logs: the generator, the two losses, the alternation and their constants.
 Ours: KV groups or rotary pairs as units (single query and key coordinates cannot be cut: rotation mixes pairs), a final
 mask by rank instead of the last noisy sample, exact zeros by a proximal step, a generator slice taken from the training
-rows, and everything from the merge on.
+rows, and everything from the merge on. And what the mask is chosen for: one that may lower the cross-entropy learns the
+domain by spending structure, which LoRA learns as fast; the nearest to the dense model was better (results/,
+LOG.md). `PAPER` has the fields of the paper's form.
 """
 
 from __future__ import annotations
@@ -57,7 +59,12 @@ MASKS = ("learned", "taylor", "random", "none")
 STARTS = ("dense", "taylor")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
-COMPENSATIONS = ("none", "least-squares")
+COMPENSATIONS = ("auto", "none", "least-squares")
+PAPER = {
+    "start": "dense", "lora_on": "masked", "generator_loss": "ce", "generator_lr": 1e-3, "control_fraction": 0.5,
+    "compensate": "none",
+}  # fmt: skip
+"""What differs from the defaults in the paper's form; numbers from the authors' code."""
 CODE, OURS = "authors' code", "ours"
 VERIFY_TOLERANCE = 1e-4
 MOST_TOLERANCE = 1e-2  # however large the rounding is
@@ -100,34 +107,39 @@ class ATP:
     lr: float = option(1e-4, "learning rate of LoRA, constant", CODE)
     weight_decay: float = option(0.01, "of LoRA", CODE)
     clip: float = option(1.0, "largest gradient norm of LoRA; 0 does not clip", CODE)
-    generator_lr: float = option(1e-3, "learning rate of the generator", CODE)
+    generator_lr: float = option(1e-2, "learning rate of the generator; 1e-3 in the authors' code, from dense", OURS)
     generator_weight_decay: float = option(0.01, "of the generator", "AdamW's default in the authors' code")
     generator_clip: float = option(3.0, "largest gradient norm of the generator", CODE)
     generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
     start: str = option(
-        "dense",
-        "dense: the first masks keep all; taylor: near the budget, by Taylor scores of the untuned model; or a folder: "
-        "near what was kept of the same model when policy_gradient or another method made this checkpoint",
-        CODE,
+        "taylor",
+        "taylor: the first masks are near the budget, by Taylor scores of the untuned model; dense: they keep all, the "
+        "authors' way; or a folder: near what was kept of the same model when policy_gradient or another method "
+        "made this checkpoint",
+        OURS,
     )
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
     offset: float = option(3.0, "added to every logit, which are near 0 at first: the run starts dense", CODE)
     mask_in_loss: str = option("soft", "what masks the model in the generator's step: soft, or hard", CODE)
     generator_loss: str = option(
-        "ce",
-        "what the generator lowers on its rows: ce, the cross-entropy; or kl, the divergence from the dense model "
-        "(with lora_on=dense as it is tuned by then), so that the mask does not learn in place of LoRA",
-        CODE,
+        "kl",
+        "what the generator lowers on its rows: kl, the divergence from the dense model, as it is tuned by then or, "
+        "with lora_on=masked, untuned; or ce, the paper's cross-entropy",
+        OURS,
     )
     lora_on: str = option(
-        "masked", "what LoRA trains on in the control phase: the masked model, or the dense one, without lasso", CODE
+        "dense",
+        "what LoRA trains on in the control phase: the dense model; or masked, as in the paper, with the lasso",
+        OURS,
     )
     slice_rows: int | None = option(None, "training rows for the generator; none: a tenth, at least 64", OURS)
     alpha: float = option(5.0, "weight of the budget term", CODE)
     beta: float = option(0.3, "weight of the group lasso in the control phase", CODE)
     control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
-    control_fraction: float = option(0.5, "part of the steps in which the mask may change", CODE)
+    control_fraction: float = option(
+        0.25, "part of the steps in which the mask may change; half in the authors' code", OURS
+    )
     final_mask: str = option("topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS)
     zeroing: str = option("proximal", "proximal: gradual, exact; beta: lasso of weight beta_last; immediate", OURS)
     beta_last: float = option(1000.0, "weight of the lasso in the frozen phase, zeroing=beta", CODE)
@@ -137,12 +149,15 @@ class ATP:
     round_pairs: int = option(4, "keep rotary pairs in steps of this", OURS)
     round_values: int = option(8, "keep value coordinates in steps of this", OURS)
     compensate: str = option(
-        "none",
+        "auto",
         "none; least-squares: dropped rows are zero at the freeze, and o_proj and down_proj are refitted on training "
-        "rows to do without them, unless held-out rows are worse off with a learned mask so refitted",
+        "rows to do without them, unless held-out rows are worse off with a learned mask so refitted; auto: "
+        "least-squares for a learned mask over whole heads, without heal_steps and zeroing=beta",
         OURS,
     )
-    refit_tokens: int = option(16384, "least-squares: tokens of the training rows, at most", OURS)
+    refit_tokens: int | None = option(
+        None, "least-squares: tokens of the training rows; none: 16,384, or what the widest linear needs", OURS
+    )
     correction: float = option(
         0.3, "least-squares: share of the errors of the layers below that each refit makes good", OURS
     )
@@ -157,6 +172,14 @@ class ATP:
     save_every: int = option(50, "optimiser steps between checkpoints of the run")
     log: str | None = option(None, "a file for one JSON line per step", transient=True)
     seed: int = option(0, "first values, noise, slice and order of rows")
+
+    @property
+    def refits(self) -> bool:
+        """Is there a least-squares refit at the freeze?"""
+        if self.compensate == "auto":
+            able = self.units == "groups+channels" and self.zeroing != "beta" and not self.heal_steps
+            return able and self.mask == "learned"
+        return self.compensate == "least-squares" and self.mask != "none"
 
     # --- what the house asks of a structural method ---------------------------------------------------------------
 
@@ -217,7 +240,7 @@ class ATP:
             raise ValueError(f"shape=uniform counts units by rank; final_mask={self.final_mask} does not: use topk")
         if self.heal_steps and self.mask == "none":
             raise ValueError("mask=none removes nothing, so there is nothing to heal; leave heal_steps at 0")
-        if self.compensate != "none":
+        if self.compensate == "least-squares":
             if self.units != "groups+channels":
                 raise ValueError("compensate refits linears that read whole heads; use units groups+channels")
             if self.zeroing == "beta" or self.heal_steps:
@@ -226,9 +249,8 @@ class ATP:
                     "dense weights that the teacher of heal_steps shares: leave both"
                 )
         positive = ("accumulate", "lora_rank", "lr", "generator_lr", "temperature", "control_every", "round_channels",
-                    "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature",
-                    "refit_tokens")  # fmt: skip
-        for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every"):
+                    "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature")  # fmt: skip
+        for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every", "refit_tokens"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}")
@@ -281,7 +303,7 @@ class ATP:
         self.select(torch.zeros(len(units)), units)
         self.start_mask(units)
         data, counts = self._data(tokenizer, examples)
-        if self.compensate != "none":
+        if self.refits:
             check_tokens(self, model, units, data.train)
         before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         sizes = structure.layer_parameters(model), structure.total_parameters(model)
@@ -347,7 +369,7 @@ class ATP:
         removed = units.removed_parameters(keep_U)
         return {
             "kept": structure.kept(units, keep_U),
-            "compensate": self.compensate if dropped and account["freeze"].get("refitted", True) else "none",
+            "compensate": "least-squares" if self.refits and account["freeze"].get("refitted", True) else "none",
             "asked_sparsity": self.sparsity if dropped else 0.0,
             "prunable_parameters": units.total,
             "removed_parameters": sizes[1] - after[1],

@@ -27,22 +27,24 @@ from sentei.train import evaluating, processes
 if TYPE_CHECKING:
     from sentei.methods.atp import ATP
 
+TOKENS = 16384
 FILE = "refit.safetensors"  # in the work folder: the checkpoints of a run hold no weights of the base
 
 
 def check_tokens(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> None:
     """Raises ValueError where the training rows are too few for the widest linear; before anything is trained."""
-    needed, given = refit_tokens(model, units), _blocks(method, rows).numel()
+    needed, given = refit_tokens(model, units), _blocks(method, model, units, rows).numel()
     if given < needed:
         raise ValueError(
             f"compensate=least-squares needs at least {needed:,} tokens for linears of width {needed // 2}; the "
-            f"training rows give {given:,}: add rows, raise refit_tokens, or leave it"
+            f"training rows give {given:,}: add rows, raise refit_tokens, or use compensate=none"
         )
 
 
-def _blocks(method: ATP, rows: Encoded) -> Tensor:
+def _blocks(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> Tensor:
     """The first training rows one after the other, cut into [N, T] blocks of at most `seq_len` tokens."""
-    flat = torch.tensor([*islice(chain.from_iterable(rows.ids), method.refit_tokens)])
+    count = method.refit_tokens or max(TOKENS, refit_tokens(model, units))
+    flat = torch.tensor([*islice(chain.from_iterable(rows.ids), count)])
     length = min(method.seq_len, len(flat))
     return flat[: len(flat) // length * length].view(-1, length)
 
@@ -62,7 +64,7 @@ class Refit:
                 self.model,
                 self.units,
                 keep_U,
-                _blocks(self.method, self.rows),
+                _blocks(self.method, self.model, self.units, self.rows),
                 correction=self.method.correction,
                 with_bias=False,
             )

@@ -92,8 +92,7 @@ class Tuning:
         learned = method.mask == "learned"
         self.control_steps = round(method.control_fraction * data.steps) if learned else 0
         self.frozen_steps = data.steps - self.control_steps
-        self.refits = method.compensate != "none" and method.mask != "none"
-        gradual = learned and method.zeroing == "proximal" and not self.refits
+        gradual = learned and method.zeroing == "proximal" and not method.refits
         self.ramp = math.ceil(method.ramp * self.frozen_steps) if gradual else 0
         self.eval_every = method.eval_every or max(1, self.frozen_steps // 10)
         self.generator = decisions.Generator(units, seed=method.seed)
@@ -198,7 +197,7 @@ class Tuning:
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
             self.adapters.zero(self.state["keep"])
-            if self.refits:
+            if self.method.refits:
                 self.refit.run(self.state["keep"])
             self.adapters.lock(self._keep())
 
@@ -373,9 +372,9 @@ class Tuning:
         }
         self._set_mask(keep_U)
         state["phase"] = "frozen"
-        if method.zeroing == "immediate" or self.refits:
+        if method.zeroing == "immediate" or method.refits:
             state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
-            if self.refits:
+            if method.refits:
                 state["freeze"] |= self._try_refit(keep_U)
         elif self.ramp:
             state["zeroing"]["shrink"] = self._shrink()
