@@ -46,6 +46,7 @@ def main() -> None:
             "fold-gemma-3-270m": best_depth,
             "prune-once-minilm-all-rows": best_sparse,
             "prune-once-minilm-layers": best_sparse,
+            "atp-legalbench-refitted": best_domain,
             "atp-legalbench": best_domain,
             "prune-peft-minilm": best_units,
             "placements-minilm": placements.markdown,
@@ -73,6 +74,7 @@ def main() -> None:
             "prune-once-minilm-head": sparse,
             "prune-once-minilm-head-rows": sparse,
             "prune-once-speed": speed.markdown,
+            "atp-legalbench-refitted": domain,
             "atp-legalbench": domain,
             "prune-peft-minilm": units,
             "prune-peft-minilm-ranks": units,
@@ -205,10 +207,11 @@ def best_sparse(table: dict[str, Any]) -> str:
 
 def best_domain(table: dict[str, Any]) -> str:
     """Scores of each method at each sparsity, and the perplexity of the domain's text."""
-    rows, names = table["rows"], list(atp.headline(table["rows"][0]))
+    rows, names, how = table["rows"], list(atp.headline(table["rows"][0])), table["settings"]
     title = (
         f"**Tuned and cut for a domain**, {table['model']['name']}, {table['data']['name']}: {table['data']['test']} "
-        f"test rows; {table['settings']['steps']} LoRA steps each, of the same rank on the same rows:"
+        f"test rows; {how['steps']} LoRA steps each, of the same rank on the same rows, searched for and refitted on "
+        f"{how['calibration'] * how['seq_len']:,} tokens:"
     )
     lines = []
     for sparsity, method in dict.fromkeys((row["sparsity"], row["method"]) for row in rows):
