@@ -311,10 +311,10 @@ def test_floors_hold_and_name_the_highest_sparsity():
 # --- health, processes --------------------------------------------------------------------------------------------
 
 
-def alarms_of(prices, **changes):
+def alarms_of(prices, steps=300, from_dense=True, **changes):
     freeze = {"kept_before": 0.6, "wanted": 0.6, "flips_fall": True, "undecided": 0.0, "misses_budget_by": 0.0,
               "lasso": 1.0, "lasso_a": 1.0, "lasso_b": 0.0}  # fmt: skip
-    return health.alarms({"freeze": freeze | changes, "budget": prices, "peak_lasso": 1.0}, 300, "topk")
+    return health.alarms({"freeze": freeze | changes, "budget": prices, "peak_lasso": 1.0}, steps, "topk", from_dense)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +330,12 @@ def alarms_of(prices, **changes):
 def test_the_budget_is_met_early_and_held(prices, word):
     found = alarms_of(prices)
     assert [word in line for line in found] == [True] * bool(word)
+
+
+def test_a_start_near_the_budget_needs_fewer_steps():
+    met = [0.0] * 10
+    assert alarms_of(met, 100, False) == [] and "100 control steps are few" in alarms_of(met, 100)[0]
+    assert "40 control steps are few; give more" in alarms_of(met, 40, False)[0]
 
 
 def test_only_b_can_still_work():
@@ -358,6 +364,7 @@ def test_masks_that_differ_between_processes_stop_the_run(monkeypatch):
     [
         ({"sparsity": 1.0}, "sparsity is the part"),
         ({"units": "neurons"}, "units is one of"),
+        ({"preset": "mine"}, "preset is one of ours, paper"),
         ({"shape": "padded"}, "shape is one of"),
         ({"units": "head-dims+channels", "shape": "uniform"}, "RoPE frequencies and attention scale"),
         ({"shape": "uniform", "final_mask": "threshold"}, "shape=uniform counts units by rank"),

@@ -285,6 +285,12 @@ def test_lora_on_the_dense_model_and_the_mask_nearest_to_it(words, examples, tau
     assert_plain(model)
 
 
+def test_the_papers_form_by_one_word():
+    paper = ATP(preset="paper", lora_on="dense")
+    assert {name: getattr(paper, name) for name in PAPER} == PAPER | {"lora_on": "dense"}
+    assert all(getattr(ATP(), name) != value for name, value in PAPER.items())
+
+
 def test_a_refit_comes_by_itself_where_it_can():
     assert ATP().refits and ATP(compensate="least-squares", mask="taylor").refits
     for fields in (

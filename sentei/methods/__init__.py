@@ -5,11 +5,14 @@ The fields are also the command-line flags and the recipe keys. Nothing here imp
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 METHODS: dict[str, str] = {
     "one_shot": "sentei.methods.one_shot:OneShot",
@@ -58,6 +61,22 @@ def option(default: Any, help: str, source: str = "", *, transient: bool = False
     A transient field says how to go on with a run and is no part of what the run is: see `settings`.
     """
     return field(default=default, metadata={"help": help, "source": source, "transient": transient})
+
+
+def with_preset(paper: dict[str, Any]) -> Callable[[type[T]], type[T]]:
+    """Let a method's field `preset="paper"` stand for these settings, of which any that is given still wins."""
+
+    def preset(kind: type[T]) -> type[T]:
+        init = kind.__init__
+
+        @functools.wraps(init)
+        def __init__(self: T, *values: Any, **fields: Any) -> None:
+            init(self, *values, **(paper if fields.get("preset") == "paper" else {}) | fields)
+
+        kind.__init__ = __init__
+        return kind
+
+    return preset
 
 
 def settings(method: Any) -> dict[str, Any]:

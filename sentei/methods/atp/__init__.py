@@ -25,7 +25,7 @@ Ours: KV groups or rotary pairs as units (single query and key coordinates canno
 mask by rank instead of the last noisy sample, exact zeros by a proximal step, a generator slice taken from the training
 rows, and everything from the merge on. And what the mask is chosen for: one that may lower the cross-entropy learns the
 domain by spending structure, which LoRA learns as fast; the nearest to the dense model was better (results/,
-LOG.md). `PAPER` has the fields of the paper's form.
+LOG.md). `preset=paper` has the paper's form.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from sentei import lora, structure
 from sentei.data import prompts
 from sentei.data.examples import Examples
 from sentei.data.examples import load as load_rows
-from sentei.methods import Progress, option
+from sentei.methods import Progress, option, with_preset
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.healing import heal
 from sentei.methods.atp.refit import check_tokens
@@ -60,7 +60,7 @@ STARTS = ("dense", "taylor")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
 COMPENSATIONS = ("auto", "none", "least-squares")
-PAPER = {
+PAPER: dict[str, Any] = {
     "start": "dense", "lora_on": "masked", "generator_loss": "ce", "generator_lr": 1e-3, "control_fraction": 0.5,
     "compensate": "none",
 }  # fmt: skip
@@ -74,6 +74,7 @@ VERIFY_TOKENS = 128
 LEAST_SLICE = 64
 
 
+@with_preset(PAPER)
 @dataclass(frozen=True)
 class ATP:
     """Tune for a domain and prune in one run."""
@@ -84,6 +85,7 @@ class ATP:
     saves: ClassVar[str] = "checkpoint"
     paper: ClassVar[str] = "arXiv 2412.14426"
 
+    preset: str = option("ours", "ours, or paper: its own form (any field that is given still wins)")
     sparsity: float = option(0.4, "fraction of the prunable parameters to remove, in [0, 1)", "paper: 40 %")
     units: str = option(
         "groups+channels",
@@ -218,6 +220,7 @@ class ATP:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity is the part of the prunable parameters removed, in [0, 1); got {self.sparsity}")
         for name, known in (
+            ("preset", ("ours", "paper")),
             ("units", wiring.SPACES), ("shape", ("heterogeneous", "uniform")), ("mask", MASKS), ("zeroing", ZEROING),
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
             ("mask_in_loss", ("soft", "hard")), ("precision", ("auto", "fp32", "bf16")),

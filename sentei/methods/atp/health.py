@@ -7,10 +7,10 @@ import statistics
 from typing import Any
 
 MET = 0.01  # a budget loss below this: the parameters kept are within 1 % of those wanted
-FEW_CONTROL_STEPS = 200
+FEW_CONTROL_STEPS = {True: 200, False: 50}  # from a dense start, whose first task is to come to the budget, or not
 
 
-def alarms(state: dict[str, Any], control_steps: int, final_mask: str) -> list[str]:
+def alarms(state: dict[str, Any], control_steps: int, final_mask: str, from_dense: bool) -> list[str]:
     """Sentences for the user, none for a healthy run.
 
     Args:
@@ -28,8 +28,9 @@ def alarms(state: dict[str, Any], control_steps: int, final_mask: str) -> list[s
             "generator_lr"
         )
     found += _budget(state["budget"])
-    if control_steps < FEW_CONTROL_STEPS:
-        found.append(f"{control_steps} control steps are few; the authors' runs met the budget after 150")
+    if control_steps < FEW_CONTROL_STEPS[from_dense]:
+        wanted = "the authors' runs met the budget after 150" if from_dense else "give more steps"
+        found.append(f"{control_steps} control steps are few; {wanted}")
     if not freeze["flips_fall"]:
         found.append("units still changed sides as often in the last fifth of the control phase as before it")
     if freeze["undecided"] > 0.02:

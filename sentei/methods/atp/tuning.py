@@ -453,7 +453,7 @@ class Tuning:
             "validation_loss": state["best_loss"],
             "freeze": state["freeze"],
             "zeroing": state["zeroing"],
-            "warnings": health.alarms(state, self.control_steps, self.method.final_mask),
+            "warnings": health.alarms(state, self.control_steps, self.method.final_mask, self.method.start == "dense"),
             "history": state["history"],
         }
 

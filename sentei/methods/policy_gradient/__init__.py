@@ -27,23 +27,21 @@ Shape legend: U units, K samples, P pairs of (layer, kind).
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sentei import masks
-from sentei.methods import option
+from sentei.methods import option, with_preset
 from sentei.methods.policy_gradient.estimate import ESTIMATORS
 from sentei.methods.policy_gradient.reward import BUILT_IN
 from sentei.methods.policy_gradient.search import Search
 from sentei.methods.structural import Run, Structural
 from sentei.train import processes
 
-T = TypeVar("T")
 INITS = ("wanda", "flap", "magnitude", "taylor", "block_influence", "random")
 
 # The authors' own settings (their scripts for 7B models): single channels, two separate budgets, no coarse level.
@@ -56,19 +54,7 @@ PAPER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def with_presets(kind: type[T]) -> type[T]:
-    """Let `preset="paper"` stand for the settings in PAPER, of which any that is given still wins."""
-    init = kind.__init__
-
-    @functools.wraps(init)
-    def __init__(self: T, *values: Any, **fields: Any) -> None:
-        init(self, *values, **(PAPER if fields.get("preset") == "paper" else {}) | fields)
-
-    kind.__init__ = __init__
-    return kind
-
-
-@with_presets
+@with_preset(PAPER)
 @dataclass(frozen=True)
 class PolicyGradient(Structural):
     """Learn which units to keep, from forward passes only."""
