@@ -384,8 +384,8 @@ class Tuning:
     def _try_refit(self, keep_U: Tensor) -> dict[str, Any]:
         """The refit, unless held-out rows are better off without it.
 
-        It aims at the outputs of the dense model. A mask that was free to move has learned the domain as weights do,
-        and is no longer near them.
+        It aims at the outputs of the dense model with the adapters on it. Adapters that have learned under a mask
+        (lora_on=masked) do not fit that model, nor a base refitted to it.
         """
         before = self.held_loss()
         self.refit.run(keep_U)
