@@ -10,8 +10,9 @@
     taylor, wanda, policy-gradient    pruned first, then LoRA of the same rank on the same tokens
     fixed-mask        ATP's own LoRA with a Taylor mask, cut from step 0: what is left without learning the mask
     random-mask       the same with random units
-    atp-kl            the method as it is by default: LoRA learns on the dense model while the mask is sought that keeps
-                      nearest to it, from a start by Taylor scores; least squares at the freeze
+    atp-ours          the method as it is by default: the mask is sought that keeps nearest to the dense model, from a
+                      start by FLAP scores; least squares at the freeze, then LoRA on all rows
+    atp-kl            LoRA learns on the dense model while that mask is sought, from a start by Taylor scores
     atp, atp-healed   in the paper's form, as all that follow; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
     atp-searched      the next row, its masks starting near what policy-gradient keeps, a quarter of the steps for them
@@ -62,10 +63,10 @@ from sentei.recipe import find_model
 from sentei.train import resolve_precision
 
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
-METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-kl")
+METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-ours")
 MORE = (
-    "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:], "fixed-mask-healed",
-    "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
+    "atp-kl", "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:],
+    "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
 # Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
@@ -184,7 +185,8 @@ def make(
         "random-mask": {"mask": "random"},
         "atp": paper,
         "atp-healed": paper | {"heal_steps": args.heal_steps},
-        "atp-kl": {},
+        "atp-ours": {},
+        "atp-kl": {"start": "taylor", "lora_on": "dense", "control_fraction": 0.25},
         "atp-near": paper | {"start": "taylor"},
         "atp-searched": refitted | {"start": str(searched), "control_fraction": 0.25},
         "atp-refit": refitted | {"start": "taylor"},

@@ -97,7 +97,7 @@ def taught(examples):
     encoded = prompts.encode(examples.train, prompts.Template(words), 40)
     make = lambda chosen, n: prompts.collate(encoded, chosen[:, 0].tolist(), pad=0)  # noqa: E731
     batches = shuffled(torch.arange(len(encoded))[:, None], 8, seed=0, make=make)
-    list(train(model, batches, Distillation(), Settings(lr=1e-2, steps=150)))
+    list(train(model, batches, Distillation(), Settings(lr=1e-2, steps=150, precision="fp32")))
     return model.eval()
 
 
@@ -149,6 +149,7 @@ def test_default_alpha_still_listens_to_the_loss(words, examples, taught, monkey
 
     monkeypatch.setattr(selection, "top_k", look)
     fields = {"steps": 120, "control_fraction": 0.8, "lr": 1e-4, "round_channels": 1, "batch_size": 2}
+    fields |= {"precision": "fp32"}
     how = short(sparsity=0.3, eval_every=12, **fields)
     assert how.alpha == 5.0
     record = how.compress(model, words, examples)
@@ -190,6 +191,8 @@ def test_same_seed_same_model(words, examples):
         {"start": "taylor"},
         {"generator_loss": "kl"},
         {"start": "taylor", "lora_on": "dense", "generator_loss": "kl", "compensate": "auto", "lr": 1e-5},
+        {"start": "auto", "lora_on": "cut", "generator_loss": "kl", "compensate": "auto", "sparsity": 0.2},
+        {"lora_on": "cut", "control_every": 2},
         {"mask": "taylor"},
         {"mask": "random"},
         {"compensate": "least-squares", "start": "taylor", "generator_lr": 1e-9, "lr": 1e-9},
@@ -219,7 +222,9 @@ def test_killed_and_resumed_is_never_killed(stop, fields, words, examples, taugh
     assert without_times(record) == without_times(expected)
     assert same(weights(resumed), weights(whole))
     again = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in again] == list(range(1, 13))
+    lead = [entry["step"] for entry in again if entry["step"] < 1]
+    assert lead == ([*range(how.control_every - 6, 1, how.control_every)] if how.lora_on == "cut" else [])
+    assert [entry["step"] for entry in again][len(lead) :] == list(range(1, 13))
     assert [{**e, "seconds": 0} for e in again] == [{**e, "seconds": 0} for e in log]
 
 
@@ -248,8 +253,9 @@ def test_who_learns_from_what(words, examples, monkeypatch):
     assert loss is tuning.Tuning._lora_loss
 
 
-def test_lora_on_the_dense_model_and_the_mask_nearest_to_it(words, examples, taught, monkeypatch):
-    """The default form. Nothing is masked for LoRA before the freeze; useless channels rank below the others."""
+@pytest.mark.parametrize("lora_on", ["cut", "dense"])
+def test_the_mask_nearest_to_the_dense_model(lora_on, words, examples, taught, monkeypatch):
+    """The default form and its like. No mask disturbs LoRA before the freeze; useless channels rank low."""
     from sentei.methods.atp import tuning
 
     model, modes, chosen = copy.deepcopy(taught), [], {}
@@ -270,11 +276,20 @@ def test_lora_on_the_dense_model_and_the_mask_nearest_to_it(words, examples, tau
     monkeypatch.setattr(tuning.Tuning, "_lora_loss", watched)
     monkeypatch.setattr(selection, "top_k", look)
     ours = {name: value for name, value in SHORT.items() if name not in PAPER}
-    how = ATP(**ours | {"steps": 80, "control_fraction": 0.75, "sparsity": 0.3, "round_channels": 1, "eval_every": 5})
+    how = ATP(
+        **ours
+        | {"steps": 80, "control_fraction": 0.75, "sparsity": 0.3, "round_channels": 1, "eval_every": 5}
+        | {"lora_on": lora_on, "slice_rows": None if lora_on == "cut" else 8}
+    )
     record = how.compress(model, words, examples)
-    assert modes == [("control", "off", False)] * 60 + [("frozen", "base", False)] * 20
+    waits = lora_on == "cut"
+    assert modes == [("control", "off", False)] * (0 if waits else 60) + [("frozen", "base", False)] * (
+        80 if waits else 20
+    )
+    rows = record["rows"]
+    assert (rows["lora"], rows["generator"]) == ((40, 40) if waits else (32, 8)) and how.shares_rows == waits
     control = [entry for entry in record["history"] if entry["phase"] == "control"]
-    assert all(entry["slice_kl"] > 0 for entry in control)
+    assert len(control) == 60 and all(entry["slice_kl"] > 0 for entry in control)
     assert "refitted" in record["freeze"] and not any("lasso" in alarm for alarm in record["warnings"])
     channels = torch.stack([chosen["units"].of(layer, "channels") for layer in range(2)])
     useless = torch.zeros_like(channels, dtype=torch.bool)
@@ -518,12 +533,13 @@ def test_a_refit_that_makes_held_out_rows_worse_is_left_out(words, examples, tau
 
     fields = {"sparsity": 0.3, "zeroing": "immediate", "round_channels": 1}
     plain, spoilt = copy.deepcopy(taught), copy.deepcopy(taught)
-    short(**fields).compress(plain, words, examples)
     run = Refit.run
+    monkeypatch.setattr(Refit, "run", lambda self, keep_U: None)
+    short(compensate="least-squares", **fields).compress(plain, words, examples)
 
     def spoil(self, keep_U):
         run(self, keep_U)
-        for linear, _ in self._old.values():
+        for linear, *_ in self._old.values():
             linear.weight.data.mul_(-1)
 
     monkeypatch.setattr(Refit, "run", spoil)
@@ -542,7 +558,7 @@ def test_too_few_tokens_to_refit(words, examples):
 def test_too_few_rows(words):
     few = Examples("response", rows(120), [], [], None, "few", "0")
     with pytest.raises(ValueError, match="120 rows: the generator needs a held-out slice of 64 and twice that"):
-        ATP(steps=4, round_channels=4).compress(toy(), words, few)
+        short(slice_rows=None).compress(toy(), words, few)
 
 
 PROCESS = """
@@ -554,21 +570,26 @@ words = conftest.words.__wrapped__()
 examples = Examples("response", rows(40), rows(8, 100), [], None, "numbers", "0" * 64)
 model = toy()
 import warnings; warnings.simplefilter("ignore")
-record = short(steps=4, batch_size={batch}, lora_dropout=0.0).compress(model, words, examples)
+how = short(steps=4, batch_size={batch}, lora_dropout=0.0, precision="fp32", lora_on="{lora_on}")
+record = how.compress(model, words, examples)
 import os
 torch.save({{"weights": weights(model), "kept": json.dumps(record["kept"]),
-            "ce": [e["ce"] for e in record["history"]]}}, {out!r} + os.environ.get("RANK", "0"))
+            "ce": [e.get("ce", e.get("slice_ce")) for e in record["history"]]}}, {out!r} + os.environ.get("RANK", "0"))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+@pytest.mark.parametrize("lora_on", ["masked", "cut"])
+def test_two_processes_are_one_with_the_doubled_batch(lora_on, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    code = {n: PROCESS.format(tests=str(ROOT / "tests"), batch=4 // n, out=str(tmp_path / f"{n}-")) for n in (1, 2)}
+    code = {
+        n: PROCESS.format(tests=str(ROOT / "tests"), batch=4 // n, out=str(tmp_path / f"{n}-"), lora_on=lora_on)
+        for n in (1, 2)
+    }
     jobs = [subprocess.Popen([sys.executable, "-c", code[1]], env=plain | quiet)]
     for rank in range(2):
         where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
@@ -614,7 +635,7 @@ def test_from_the_command_line(words, tmp_path, capsys):
     assert cli.main([*measure, "--template", "plain", "--seq-len", "60"]) == 0
     assert len(compared_accuracies(tmp_path)) == 1
     assert cli.main(["report", str(tmp_path / "parent"), str(tmp_path / "small"), "--out", str(page)]) == 0
-    for drawn in ("ce and slice ce", "kept and wanted kept (dashed)", "lasso", "control steps are few"):
+    for drawn in ("ce and slice ce", "kept and wanted kept (dashed)", "control steps are few"):
         assert drawn in page.read_text(), drawn
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "small"), "--data", "python-docs", "--seq-len", "60"]) == 2

@@ -11,21 +11,22 @@ penalty empties the LoRA rows of what is to go, and the cut at the end takes awa
       minimise CE(slice) + alpha log(max(r, p) / min(r, p)), r kept and p wanted        `Tuning._decide`
    b. draw a hard mask; LoRA: base masked, LoRA free; minimise CE + beta R_GL, R_GL the
       group lasso over LoRA rows of dropped units                                       `Tuning._lora_loss`
-   In ours, the default, LoRA learns on the dense model meanwhile, without R_GL, and a
-   takes KL(dense || masked) in place of CE, from a start near the budget
+   In ours, the default, all steps of a come first, from a start near the budget, on the
+   rows of LoRA, with KL(dense || masked) in place of CE and means for what is masked   `Tuning._lead`
 4. Freeze: the units with the highest logits, exactly within the budget; ours: a
    least-squares refit of what reads them                                               `selection.top_k`, `Refit`
-5. Frozen phase: LoRA rows of dropped units to exact zeros (without a refit gradually), `Tuning._frozen`
-   then go on tuning the others, the base masked; keep the best on held-out rows
+5. Frozen phase: LoRA rows of dropped units to exact zeros (gradually where they have   `Tuning._frozen`
+   learned, without a refit), then go on tuning the others, the base masked; keep the
+   best on held-out rows
 6. Optionally distil the tuned dense model into the masked one                          `healing.heal`
 7. Merge LoRA in fp32, cut, compare the cut model with the masked one                   `ATP.compress`
 
 From the paper's public code and its training logs: the generator, the two losses, the alternation and their constants.
 Ours: KV groups or rotary pairs as units (single query and key coordinates cannot be cut: rotation mixes pairs), a final
 mask by rank instead of the last noisy sample, exact zeros by a proximal step, a generator slice taken from the training
-rows, and everything from the merge on. And what the mask is chosen for: one that may lower the cross-entropy learns the
-domain by spending structure, which LoRA learns as fast; the nearest to the dense model was better (results/,
-LOG.md). `preset=paper` has the paper's form.
+rows, and everything from the merge on. And what the mask is chosen for, and when: one that may lower the cross-entropy
+learns the domain by spending structure, which LoRA learns as fast; the nearest to the dense model was better, and what
+LoRA had learned before the cut was lost by it (results/, LOG.md). `preset=paper` has the paper's form.
 """
 
 from __future__ import annotations
@@ -56,13 +57,12 @@ from sentei.structure import Units
 from sentei.train import processes, resolve_precision
 
 MASKS = ("learned", "taylor", "random", "none")
-STARTS = ("dense", "taylor")
+STARTS = ("auto", "dense", "taylor", "flap")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
 COMPENSATIONS = ("auto", "none", "least-squares")
 PAPER: dict[str, Any] = {
-    "start": "dense", "lora_on": "masked", "generator_loss": "ce", "generator_lr": 1e-3, "control_fraction": 0.5,
-    "compensate": "none",
+    "start": "dense", "lora_on": "masked", "generator_loss": "ce", "generator_lr": 1e-3, "compensate": "none",
 }  # fmt: skip
 """What differs from the defaults in the paper's form; numbers from the authors' code."""
 CODE, OURS = "authors' code", "ours"
@@ -115,10 +115,11 @@ class ATP:
     generator_lr_drop: float = option(0.2, "factor on its learning rate in the last fifth of the control phase", CODE)
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
     start: str = option(
-        "taylor",
-        "taylor: the first masks are near the budget, by Taylor scores of the untuned model; dense: they keep all, the "
-        "authors' way; or a folder: near what was kept of the same model when policy_gradient or another method "
-        "made this checkpoint",
+        "auto",
+        "near the budget, by scores of the untuned model: flap, every layer alike and heads going half as often, or "
+        "taylor, over all layers; dense: the first masks keep all, the authors' way; a folder: near what was kept of "
+        "the same model when policy_gradient or another method made this checkpoint; auto: flap for whole heads, "
+        "else taylor",
         OURS,
     )
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
@@ -126,21 +127,29 @@ class ATP:
     mask_in_loss: str = option("soft", "what masks the model in the generator's step: soft, or hard", CODE)
     generator_loss: str = option(
         "kl",
-        "what the generator lowers on its rows: kl, the divergence from the dense model, as it is tuned by then or, "
-        "with lora_on=masked, untuned; or ce, the paper's cross-entropy",
+        "what the generator lowers on its rows: kl, the divergence from the dense model (with lora_on=dense as it is "
+        "tuned by then); or ce, the paper's cross-entropy",
         OURS,
     )
     lora_on: str = option(
-        "dense",
-        "what LoRA trains on in the control phase: the dense model; or masked, as in the paper, with the lasso",
+        "cut",
+        "what LoRA trains on in the control phase: masked, as in the paper, with the lasso; dense, nothing masked; "
+        "cut: nothing, it waits for the final mask, and has all its steps after the generator's",
         OURS,
     )
-    slice_rows: int | None = option(None, "training rows for the generator; none: a tenth, at least 64", OURS)
+    slice_rows: int | None = option(
+        None,
+        "training rows for the generator alone; none: with lora_on=cut and generator_loss=kl it reads all rows, and "
+        "LoRA too, else a tenth, at least 64",
+        OURS,
+    )
     alpha: float = option(5.0, "weight of the budget term", CODE)
     beta: float = option(0.3, "weight of the group lasso in the control phase", CODE)
     control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
     control_fraction: float = option(
-        0.25, "part of the steps in which the mask may change; half in the authors' code", OURS
+        0.5,
+        "part of the steps in which the mask may change; with lora_on=cut steps of the generator before `steps` of LoRA",
+        CODE,
     )
     final_mask: str = option("topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS)
     zeroing: str = option("proximal", "proximal: gradual, exact; beta: lasso of weight beta_last; immediate", OURS)
@@ -174,6 +183,16 @@ class ATP:
     save_every: int = option(50, "optimiser steps between checkpoints of the run")
     log: str | None = option(None, "a file for one JSON line per step", transient=True)
     seed: int = option(0, "first values, noise, slice and order of rows")
+
+    @property
+    def first_mask(self) -> str:
+        """`start` without "auto"."""
+        return self.start if self.start != "auto" else "flap" if self.units == "groups+channels" else "taylor"
+
+    @property
+    def shares_rows(self) -> bool:
+        """Do the generator and LoRA read the same rows? What follows the dense model cannot learn answers by heart."""
+        return self.slice_rows is None and self.lora_on == "cut" and self.generator_loss == "kl"
 
     @property
     def refits(self) -> bool:
@@ -225,7 +244,7 @@ class ATP:
             ("final_mask", FINAL_MASKS), ("template", prompts.TEMPLATES), ("loss_on", prompts.LOSSES),
             ("mask_in_loss", ("soft", "hard")), ("precision", ("auto", "fp32", "bf16")),
             ("compensate", COMPENSATIONS), ("generator_loss", ("ce", "kl")),
-            ("lora_on", ("masked", "dense")),
+            ("lora_on", ("masked", "dense", "cut")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
@@ -234,6 +253,8 @@ class ATP:
                 f"start is {', '.join(STARTS)}, or a folder that sentei has written; got {self.start!r}, without a "
                 "compression.json"
             )
+        if self.units == "head-dims+channels" and self.start == "flap":
+            raise ValueError("start=flap scores whole heads; use start taylor, or units groups+channels")
         if self.units == "head-dims+channels" and self.shape == "uniform":
             raise ValueError(
                 "a plain architecture would recompute RoPE frequencies and attention scale for the new head size; use "
@@ -415,8 +436,8 @@ class ATP:
 
     def _in_words(self, units: Units, total: int, data: Data) -> str:
         """Sparsity is what goes, not what stays: said before the work begins."""
-        rows = (
-            f"{data.steps} steps of {data.batch_size} rows, {len(data.train)} for LoRA, {len(data.slice)} for the mask"
+        rows = f"{data.steps} steps of {data.batch_size} rows, {len(data.train)} for LoRA" + (
+            f", {len(data.slice)} for the mask" if len(data.slice) and not self.shares_rows else ""
         )
         if self.mask == "none":
             return f"tuning, nothing is removed: {rows}"
@@ -436,28 +457,29 @@ class ATP:
         size = self._slice_size(len(rows))
         rest, held = prompts.hold_out(rows, size, self.seed) if size else (list(range(len(rows))), [])
         train = prompts.encode([rows[i] for i in rest], template, self.seq_len)
-        slice = prompts.encode([rows[i] for i in held], template, self.seq_len)
+        slice = train if self.shares_rows else prompts.encode([rows[i] for i in held], template, self.seq_len)
         validation = prompts.encode(examples.validation, template, self.seq_len)
-        if not len(train) or (size and not len(slice)):
+        if not len(train) or (self.mask == "learned" and not len(slice)):
             raise ValueError(f"{len(rows)} rows leave nothing to train on; add rows, or raise seq_len")
         batch_size = self.batch_size or (20 if len(rest) >= 5000 else max(4, len(rest) // 250))
         per_step = batch_size * self.accumulate * processes().num_processes
         steps = self.steps or max(math.ceil(self.epochs * len(train) / per_step), 500)
         parts = (train.ids, slice.ids, validation.ids)
         fingerprint = hashlib.sha256(repr((parts, steps, batch_size)).encode()).hexdigest()
-        held_out = validation if len(validation) else slice if len(slice) else train
+        chosen_on = "validation" if len(validation) else "slice" if len(slice) and not self.shares_rows else "train"
+        held_out = {"validation": validation, "slice": slice, "train": train}[chosen_on]
         data = Data(train, slice, held_out, prompts.pad_id(tokenizer), self.loss_on, batch_size, steps, fingerprint)
         counts = {
             "rows": {"lora": len(train), "generator": len(slice), "validation": len(validation)},
             "rows_dropped": train.dropped + slice.dropped + validation.dropped,
             "prompts_cut": train.cut + slice.cut + validation.cut,
             # The slice has chosen the mask, so its cross-entropy is optimistic, though LoRA never learned from it.
-            "best_chosen_on": "validation" if len(validation) else "slice" if len(slice) else "train",
+            "best_chosen_on": chosen_on,
         }
         return data, counts
 
     def _slice_size(self, num_rows: int) -> int:
-        if self.mask != "learned" and self.slice_rows == 0:
+        if self.shares_rows or (self.mask != "learned" and not self.slice_rows):
             return 0
         least = LEAST_SLICE if self.slice_rows is None else self.slice_rows
         if least < 1:
@@ -527,7 +549,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _restore(model: nn.Module, before: dict[str, tuple[torch.dtype, bool]]) -> None:
     for name, parameter in model.named_parameters():
-        dtype, requires_grad = before[name]
+        dtype, requires_grad = before.get(name) or before[name.removesuffix("bias") + "weight"]  # a refit adds biases
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(requires_grad)
         parameter.grad = None

@@ -107,6 +107,25 @@ def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float) 
     return logits_U + BORDER - offset
 
 
+def start_alike(score_U: Tensor, units: Units, sparsity: float, offset: float) -> Tensor:
+    """As `start_logits`, every layer alike: ranks inside each, and heads that go half as often as channels make good.
+
+    Channels go with at most 0.9. One KV group weighs as much as hundreds of them, and what no layer has lost LoRA can
+    use; which groups and layers are to lose more is for the generator to find.
+    """
+    logits_U = torch.zeros(len(units))
+    heads = float(units.cost_U[units.kind_U == KINDS.index("heads")].sum()) / units.total
+    channels = min(0.9, sparsity * (1 - heads / 2) / (1 - heads)) if heads < 1 else 0.0
+    share = {"channels": channels, "heads": (sparsity - (1 - heads) * channels) / heads if heads else 0.0}
+    for kind in units.granularity:
+        for layer in range(units.num_layers):
+            of = units.of(layer, kind)
+            place = torch.empty(len(of))
+            place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
+            logits_U[of] = START_SLOPE * (place - share[kind])
+    return logits_U + BORDER - offset
+
+
 def start_near(keep_U: Tensor, offset: float) -> Tensor:
     """Logits with which what a mask keeps is kept surely, and what it drops is dropped nearly so."""
     return torch.where(keep_U, START_MARGIN, -START_MARGIN) + BORDER - offset

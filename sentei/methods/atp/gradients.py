@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sentei import structure
 from sentei.distill import Distillation
+from sentei.masks import Fill
 from sentei.methods.atp.ranks import summed
 from sentei.methods.atp.wiring import MaskBook
 from sentei.train import IGNORE, Batch, Batches, autocast, evaluating
@@ -27,6 +28,7 @@ def mask_gradient(
     precision: str,
     *,
     loss: Distillation | None = None,
+    fill: Fill | None = None,
     checkpointing: bool = False,
 ) -> tuple[dict[str, float], Tensor, int]:
     """(losses of all processes' micro-batches under a mask, the gradient of "loss" [U] on the CPU, targets).
@@ -38,6 +40,7 @@ def mask_gradient(
         mask_U: hard or soft, any device.
         micro: this process's micro-batches, weighted by their targets.
         loss: None is cross-entropy; of one with a teacher, "kl" is among the losses.
+        fill: what stands in for masked units.
     """
     device = next(model.parameters()).device
     moved = [{name: x.to(device) for name, x in batch.items()} for batch in micro]
@@ -47,7 +50,7 @@ def mask_gradient(
     gradient_U, losses = torch.zeros(len(mask_U)), dict[str, Tensor]()
     with _inference_mode_of_modules(model, checkpointing):
         for batch, count in zip(moved, counts, strict=True):
-            with book.using("full", leaf_U):
+            with book.using("full", leaf_U, fill):
                 with autocast(precision, device):
                     found = (loss or Distillation())(model, batch)
                 (grad_U,) = torch.autograd.grad(found["loss"] * (count / total), leaf_U)

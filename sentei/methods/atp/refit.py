@@ -33,7 +33,7 @@ FILE = "refit.safetensors"  # in the work folder: the checkpoints of a run hold 
 
 def check_tokens(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> None:
     """Raises ValueError where the training rows are too few for the widest linear; before anything is trained."""
-    needed, given = refit_tokens(model, units), _blocks(method, model, units, rows).numel()
+    needed, given = refit_tokens(model, units), blocks(method, model, units, rows).numel()
     if given < needed:
         raise ValueError(
             f"compensate=least-squares needs at least {needed:,} tokens for linears of width {needed // 2}; the "
@@ -41,7 +41,7 @@ def check_tokens(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> 
         )
 
 
-def _blocks(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> Tensor:
+def blocks(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> Tensor:
     """The first training rows one after the other, cut into [N, T] blocks of at most `seq_len` tokens."""
     count = method.refit_tokens or max(TOKENS, refit_tokens(model, units))
     flat = torch.tensor([*islice(chain.from_iterable(rows.ids), count)])
@@ -50,43 +50,53 @@ def _blocks(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> Tenso
 
 
 class Refit:
-    """New weights in place of those that read dropped units; the old ones are kept until the run is over."""
+    """New weights and biases where dropped units are read; the old ones are kept until the run is over."""
 
     def __init__(self, method: ATP, model: Any, units: Units, book: MaskBook, rows: Encoded, workdir: Path | None):
         self.method, self.model, self.units, self.book, self.rows = method, model, units, book, rows
         self.file = workdir / FILE if workdir else None
-        self._old: dict[str, tuple[nn.Linear, Tensor]] = {}
+        self._old: dict[str, tuple[nn.Linear, Tensor, nn.Parameter | None]] = {}
 
     def run(self, keep_U: Tensor) -> None:
         self._prepare()
         with evaluating(self.model), self.book.using("off"):  # dropped columns are zero, in the adapters too
-            refit(
+            bias = refit(
                 self.model,
                 self.units,
                 keep_U,
-                _blocks(self.method, self.model, self.units, self.rows),
+                blocks(self.method, self.model, self.units, self.rows),
                 correction=self.method.correction,
-                with_bias=False,
+                with_bias=self.method.shape == "heterogeneous",  # plain architectures have no place for it
             )
         with torch.no_grad():
-            for linear, _ in self._old.values():
+            for name, (linear, *_) in self._old.items():
                 linear.weight.copy_(shared(linear.weight.data))
+                number, _, kind = name.partition(".")
+                if (shift_H := bias.get((int(number), kind))) is not None:
+                    shift_H = shift_H.to(linear.weight) + (0 if linear.bias is None else linear.bias)
+                    linear.bias = nn.Parameter(shared(shift_H), requires_grad=False)
         if self.file is not None and processes().is_main_process:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.file) as part:
-                save_file({name: linear.weight.data for name, (linear, _) in self._old.items()}, part)
+                save_file(self._tensors(), part)
 
     @torch.no_grad()
     def resume(self) -> None:
         assert self.file is not None
         self._prepare()
-        for name, weight in load_file(self.file).items():
-            self._old[name][0].weight.copy_(weight)
+        for name, tensor in load_file(self.file).items():
+            linear = self._old[name.rpartition(".")[0]][0]
+            setattr(linear, name.rpartition(".")[2], nn.Parameter(tensor.to(linear.weight), requires_grad=False))
 
     def undo(self) -> None:
-        for linear, weight in self._old.values():
-            linear.weight = weight
+        for linear, weight, bias in self._old.values():
+            linear.weight, linear.bias = weight, bias
         self._old = {}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"{name}.weight": linear.weight.data for name, (linear, *_) in self._old.items()}
+        biases = {f"{name}.bias": linear.bias for name, (linear, *_) in self._old.items()}
+        return found | {name: bias.data for name, bias in biases.items() if bias is not None}
 
     def _prepare(self) -> None:
         """A second copy of every linear that reads units, for the refit to write into."""
@@ -98,5 +108,5 @@ class Refit:
                 if isinstance(wrapped, LoraLayer):
                     linear = wrapped.get_base_layer()
                     assert isinstance(linear, nn.Linear)
-                    self._old[f"{number}.{kind}"] = linear, linear.weight
+                    self._old[f"{number}.{kind}"] = linear, linear.weight, linear.bias
                     linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)

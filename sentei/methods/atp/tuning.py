@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sentei.atomic import replacing
 from sentei.data import prompts
 from sentei.distill import Distillation, held_out
+from sentei.importance import Moments, flap, mean_fill, moments
+from sentei.masks import Fill
 from sentei.methods import Progress
 from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import gradients, health, ranks, selection
-from sentei.methods.atp.refit import Refit
+from sentei.methods.atp.refit import Refit, blocks
 from sentei.methods.atp.wiring import Adapters, MaskBook, Teacher
 from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
@@ -37,11 +40,13 @@ from sentei.train import (
     recompute_activations,
     shuffled,
     train,
+    weights_digest,
 )
 
 if TYPE_CHECKING:
     from sentei.methods.atp import ATP
 
+LEAD = "generator.pt"  # in the work folder
 MOST_HISTORY = 400  # entries in the record; the log file has every step
 CHECK_EVERY = 50  # control steps between two checks that all processes have the same mask
 SHRINK_MARGIN = 2.0  # the ramp can take away so many times the largest dropped norm
@@ -90,9 +95,12 @@ class Tuning:
         self.device = next(model.parameters()).device
         self.processes = processes()
         learned = method.mask == "learned"
-        self.control_steps = round(method.control_fraction * data.steps) if learned else 0
+        decided = round(method.control_fraction * data.steps) if learned else 0
+        ahead = method.lora_on == "cut"
+        self.lead_steps = max(1, decided) if ahead and learned else 0  # of the generator, before LoRA's first
+        self.control_steps = 0 if ahead else decided
         self.frozen_steps = data.steps - self.control_steps
-        gradual = learned and method.zeroing == "proximal" and not method.refits
+        gradual = self.control_steps and method.zeroing == "proximal" and not method.refits
         self.ramp = math.ceil(method.ramp * self.frozen_steps) if gradual else 0
         self.eval_every = method.eval_every or max(1, self.frozen_steps // 10)
         self.generator = decisions.Generator(units, seed=method.seed)
@@ -109,7 +117,7 @@ class Tuning:
             self.guide = Distillation(Teacher(model, book, adapter), ce_weight=0.0)
         self.slice_batches = data.batches(data.slice, mix(method.seed, "slice")) if learned else None
         self.state: dict[str, Any] = {
-            "phase": "control" if self.control_steps else "frozen",
+            "phase": "control" if self.control_steps or self.lead_steps else "frozen",
             "keep": torch.ones(len(units), dtype=torch.bool),
             "history": [],
             "last": {},
@@ -129,6 +137,7 @@ class Tuning:
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
         self._loaded = True
         self.refit = Refit(method, model, units, book, data.train, workdir)
+        self.fill: Fill = {}
         self.log = StepLog(method.log if self.processes.is_main_process else None)
         # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
         self._live = method.zeroing == "beta" and self.control_steps > 0
@@ -158,12 +167,14 @@ class Tuning:
         if method.checkpointing:  # the generator's first step comes before the loop that would switch it on
             recompute_activations(self.model)
         with self.book.using("off" if method.mask == "none" else "base", self._mask()):
-            # A fixed mask is made, and its rows are zeroed, before `train` looks at the weights it starts from: on
-            # resuming too. It is the same each time.
+            begun = time.monotonic()
+            if method.mask == "learned" and method.refits:  # from the model as it is before `train` restores adapters
+                self.fill = {place: mean_W.to(self.device) for place, mean_W in mean_fill(self._moments()).items()}
+            # A mask that is there before LoRA's first step is made, and its rows are zeroed, before `train` looks at
+            # the weights it starts from: on resuming too. It is the same each time.
             if not resuming or not self.control_steps:
-                begun = time.monotonic()
                 self._begin()
-                self.state["begin_seconds"] = time.monotonic() - begun
+            self.state["begin_seconds"] = time.monotonic() - begun
             steps = train(
                 self.model,
                 self.data.batches(self.data.train, method.seed),
@@ -187,12 +198,11 @@ class Tuning:
         return self._finish()
 
     def _begin(self) -> None:
-        if self.control_steps:
-            if self.method.start == "taylor":
-                score_U, method = self._taylor(), self.method
-                self.generator.start_U = decisions.start_logits(score_U, self.units, method.sparsity, method.offset)
-            elif (keep_U := self.method.start_mask(self.units)) is not None:
-                self.generator.start_U = decisions.start_near(keep_U, self.method.offset)
+        """The mask of the first LoRA step."""
+        if self.lead_steps:
+            self._lead()
+        elif self.control_steps:
+            self._start()
             self._decide(0)
         elif self.method.mask in ("taylor", "random"):
             self._set_mask(self._fixed_mask())
@@ -200,6 +210,52 @@ class Tuning:
             if self.method.refits:
                 self.refit.run(self.state["keep"])
             self.adapters.lock(self._keep())
+
+    def _start(self) -> None:
+        """The generator's first logits."""
+        method, units = self.method, self.units
+        if method.first_mask == "taylor":
+            self.generator.start_U = decisions.start_logits(self._taylor(), units, method.sparsity, method.offset)
+        elif method.first_mask == "flap":
+            score_U = ranks.shared(flap(self.model, units, self._moments()).float())
+            self.generator.start_U = decisions.start_alike(score_U, units, method.sparsity, method.offset)
+        elif (keep_U := method.start_mask(units)) is not None:
+            self.generator.start_U = decisions.start_near(keep_U, method.offset)
+
+    def _lead(self) -> None:
+        """All steps of the generator, and the freeze, while LoRA waits; counted up to 0, where LoRA begins."""
+        file = self.workdir / LEAD if self.workdir else None
+        how = repr((settings_of(self.method) | {"save_every": 0}, self.data.fingerprint, weights_digest(self.model)))
+        done = 0
+        if file is not None and file.exists():
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if saved["run"] != how:
+                raise ValueError(f"{file} belongs to another run; delete it or use another folder")
+            done = saved["done"]
+            self.state.update(saved["state"])
+            self.generator.load_state_dict(saved["generator"])
+            self.generator_optimizer.load_state_dict(saved["generator_optimizer"])
+            self._set_mask(self.state["keep"])
+        else:
+            self._start()
+        begun = time.monotonic()
+        for step in range(done, self.lead_steps, self.method.control_every):
+            self._decide(step)
+            done = min(step + self.method.control_every, self.lead_steps)
+            entry = {"step": done - self.lead_steps, "phase": "control", **self.state["last"]}
+            entry |= {"slice_tokens": self.state["slice_tokens"], "seconds": time.monotonic() - begun}
+            if done % math.ceil(self.lead_steps / MOST_HISTORY) == 0 or done == self.lead_steps:
+                self.state["history"].append(entry)
+            self.log.write(entry)
+            if self.report is not None:
+                self.report({"step": done, "of": self.lead_steps, "message": self._in_words(entry)})
+            due = done == self.lead_steps or done % self.method.save_every < self.method.control_every
+            if file is not None and due and self.processes.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                whole = {"run": how, "done": done, "state": self.state, "generator": self.generator.state_dict()}
+                with replacing(file) as part:
+                    torch.save(whole | {"generator_optimizer": self.generator_optimizer.state_dict()}, part)
+        self._freeze(0)
 
     def _lora_loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy with the base masked and the adapters free, plus the pull on dropped rows.
@@ -268,7 +324,7 @@ class Tuning:
     def _decide(self, step: int) -> None:
         """One step of the generator on its own slice, then a hard mask for the LoRA steps that follow."""
         begun, method = time.monotonic(), self.method
-        late = step >= 0.8 * self.control_steps
+        late = step >= 0.8 * (self.lead_steps or self.control_steps)
         for group in self.generator_optimizer.param_groups:
             drop = method.generator_lr_drop if late else 1.0
             group["lr"] = method.generator_lr * drop * group["lr_scale"]
@@ -326,7 +382,14 @@ class Tuning:
         first = step // method.control_every * method.accumulate * world
         micro = [self.slice_batches(n) for n in range(first + rank, first + method.accumulate * world, world)]
         return gradients.mask_gradient(
-            self.model, self.book, mask_U, micro, self.precision, loss=self.guide, checkpointing=method.checkpointing
+            self.model,
+            self.book,
+            mask_U,
+            micro,
+            self.precision,
+            loss=self.guide,
+            fill=self.fill,
+            checkpointing=method.checkpointing,
         )
 
     def _sample(self, step: int) -> tuple[Tensor, float]:
@@ -372,7 +435,9 @@ class Tuning:
         }
         self._set_mask(keep_U)
         state["phase"] = "frozen"
-        if method.zeroing == "immediate" or method.refits:
+        if self.lead_steps:
+            self.adapters.widen(self._keep())
+        if method.zeroing == "immediate" or method.refits or self.lead_steps:
             state["zeroing"]["largest_norm"] = self.adapters.zero(self._keep())
             if method.refits:
                 state["freeze"] |= self._try_refit(keep_U)
@@ -453,7 +518,9 @@ class Tuning:
             "validation_loss": state["best_loss"],
             "freeze": state["freeze"],
             "zeroing": state["zeroing"],
-            "warnings": health.alarms(state, self.control_steps, self.method.final_mask, self.method.start == "dense"),
+            "warnings": health.alarms(
+                state, self.lead_steps or self.control_steps, self.method.final_mask, self.method.first_mask == "dense"
+            ),
             "history": state["history"],
         }
 
@@ -486,6 +553,12 @@ class Tuning:
         if method.shape == "uniform":
             return selection.uniform(score_U, units, method.sparsity, self.floors)
         return selection.top_k(score_U, units, method.sparsity, self.floors, by_kind=True)
+
+    def _moments(self) -> dict[tuple[int, str], Moments]:
+        """What the dense model's reading linears take in, on the rows of the refit."""
+        text_NT = blocks(self.method, self.model, self.units, self.data.train)
+        with evaluating(self.model), self.book.using("off"):
+            return moments(self.model, text_NT, self.units.granularity)
 
     def _taylor(self) -> Tensor:
         """Scores [U] of the untuned model on the first training batches."""
@@ -520,7 +593,12 @@ class Tuning:
         return f"{what} (phase {self.state['phase']}, {self.precision}){kept}"
 
     def _progress(self, step: Step, entry: dict[str, Any]) -> dict[str, Any]:
-        words = [f"{entry['phase']}: ce {entry['ce']:.3f}"]
+        tokens = step.tokens + self.state["slice_tokens"]
+        message = f"{self._in_words(entry)}, {tokens / max(step.seconds, 1e-9):,.0f} tokens/s"
+        return {"step": step.step, "of": self.data.steps, "message": message} | step.losses
+
+    def _in_words(self, entry: dict[str, Any]) -> str:
+        words = [f"ce {entry['ce']:.3f}"] if "ce" in entry else []
         if "slice_ce" in entry:
             words.append(f"slice {entry['slice_ce']:.3f}")
             words.append(f"kept {entry['kept']:.3f} (want {entry['wanted_kept']:.3f})")
@@ -531,6 +609,4 @@ class Tuning:
             words.append(f"lasso {entry['lasso']:.3g}")
         if self.state["best_loss"] is not None:
             words.append(f"held out {self.state['best_loss']:.3f}")
-        tokens = step.tokens + self.state["slice_tokens"]
-        words.append(f"{tokens / max(step.seconds, 1e-9):,.0f} tokens/s")
-        return {"step": step.step, "of": self.data.steps, "message": ", ".join(words)} | step.losses
+        return f"{entry['phase']}: {', '.join(words)}"

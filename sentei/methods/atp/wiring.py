@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sentei import head_dims, structure
+from sentei.masks import Fill
 from sentei.structure import Units
 from sentei.train import evaluating
 
@@ -153,6 +154,7 @@ class MaskBook:
     def __init__(self, model: nn.Module, units: Units, rows: list[Row]):
         self.mode = "off"
         self.mask_U: Tensor = torch.ones(len(units))
+        self.fill: Fill = {}
         self._handles: list[Any] = []
         device = next(model.parameters()).device
         family = structure.family(model)
@@ -167,9 +169,11 @@ class MaskBook:
                     self._handles.append(linear.register_forward_hook(self._output_hook("full", unit_R)))
             elif row.name.endswith(family.down):
                 # The paper's code masks gate and up alike, so their product carries the square.
-                self._handles.append(linear.register_forward_pre_hook(self._input_hook(unit_R, square=True)))
+                hook = self._input_hook((row.layer, "channels"), unit_R, square=True)
+                self._handles.append(linear.register_forward_pre_hook(hook))
             elif whole_heads:
-                self._handles.append(linear.register_forward_pre_hook(self._input_hook(unit_R, square=False)))
+                hook = self._input_hook((row.layer, "heads"), unit_R, square=False)
+                self._handles.append(linear.register_forward_pre_hook(hook))
 
     def _output_hook(self, mode: str, unit_R: Tensor) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
@@ -177,32 +181,36 @@ class MaskBook:
 
         return hook
 
-    def _input_hook(self, unit_R: Tensor, square: bool) -> Any:
+    def _input_hook(self, place: tuple[int, str], unit_R: Tensor, square: bool) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
             if self.mode != "full":
                 return None
-            mask_R = self.mask_U[unit_R]
-            return (inputs[0] * (mask_R.square() if square else mask_R).to(inputs[0].dtype),)
+            mask_R = self.mask_U[unit_R].square() if square else self.mask_U[unit_R]
+            masked = inputs[0] * mask_R.to(inputs[0].dtype)
+            if place in self.fill:
+                masked = masked + ((1 - mask_R) * self.fill[place].to(mask_R)).to(masked.dtype)
+            return (masked,)
 
         return hook
 
     @contextmanager
-    def using(self, mode: str, mask_U: Tensor | None = None) -> Iterator[None]:
+    def using(self, mode: str, mask_U: Tensor | None = None, fill: Fill | None = None) -> Iterator[None]:
         """Forward *and backward* passes inside the block use this mode (checkpointing runs layers again in backward).
 
         Args:
             mode: "off", "base" or "full".
             mask_U: [U] on the model's device, bool, hard or soft; may carry gradients.
+            fill: "full", whole heads: what stands in for what is masked; zero without it.
         """
         assert mode in ("off", "base", "full")
-        before = self.mode, self.mask_U
-        self.mode = mode
+        before = self.mode, self.mask_U, self.fill
+        self.mode, self.fill = mode, fill or {}
         if mask_U is not None:
             self.mask_U = mask_U.float() if mask_U.dtype == torch.bool else mask_U
         try:
             yield
         finally:
-            self.mode, self.mask_U = before
+            self.mode, self.mask_U, self.fill = before
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -338,6 +346,13 @@ class Adapters:
             if bool(dropped_R.any()):
                 found = max(found, float(factor.norm(dim=1 - dimension)[dropped_R].max()))
         return found
+
+    @torch.no_grad()
+    def widen(self, keep_U: Tensor) -> None:
+        """Untrained A as it would be drawn for the cut linear: peft draws within a bound of 1 / sqrt(inputs)."""
+        for factor, dimension, unit_R in self.rows:
+            if dimension == 1:
+                factor.mul_((len(unit_R) / max(1, int(keep_U.bool()[unit_R].sum()))) ** 0.5)
 
     @torch.no_grad()
     def zero(self, keep_U: Tensor) -> float:
