@@ -148,7 +148,7 @@ class ATP:
     control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
     control_fraction: float = option(
         0.5,
-        "part of the steps in which the mask may change; with lora_on=cut steps of the generator before `steps` of LoRA",
+        "part of the steps in which the mask may change; with lora_on=cut the generator's, before `steps` of LoRA",
         CODE,
     )
     final_mask: str = option("topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS)
