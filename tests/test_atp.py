@@ -11,7 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sentei import head_dims, structure
 from sentei.methods.atp import ATP, health, ranks, selection, wiring
-from sentei.methods.atp.generator import Generator, binarise, budget_loss, gumbel, keep_probability, start_logits
+from sentei.methods.atp.generator import (
+    Generator,
+    binarise,
+    budget_loss,
+    gumbel,
+    keep_probability,
+    start_alike,
+    start_logits,
+)
 from sentei.structure import KINDS, Units
 
 
@@ -62,6 +70,22 @@ def test_a_start_near_the_budget(sparsity):
         assert border[0] <= 0.5 + 1e-6 and border[1] >= 0.5 - 1e-6
         assert float(p_U[of].mean()) == pytest.approx(1 - sparsity, abs=0.06)
     assert float(p_U.min()) == pytest.approx(0.7 * math.exp(-8 * sparsity), rel=0.2)
+
+
+@pytest.mark.parametrize(("sparsity", "heads", "channels"), [(0.4, 0.2, 0.52), (0.8, 0.62, 0.9)])
+def test_a_start_with_layers_alike(sparsity, heads, channels):
+    """Heads are 0.375 of these parameters; they go half as often until channels reach 0.9."""
+    units = toy_units(layers=3, groups=40, channels=100, group_cost=9, channel_cost=6)
+    score_U = torch.arange(len(units)).float().sin()
+    logits_U = start_alike(score_U, units, sparsity, 3.0)
+    stays_U = keep_probability(logits_U, 3.0) > 0.5
+    for kind, share in (("heads", heads), ("channels", channels)):
+        for layer in range(3):
+            of = units.of(layer, kind)
+            assert float((~stays_U[of]).float().mean()) == pytest.approx(share, abs=0.03)
+            assert bool((logits_U[of][score_U[of].argsort()].diff() > 0).all())
+    gone = float(units.cost_U[~stays_U].sum()) / units.total
+    assert gone == pytest.approx(sparsity, abs=0.02)
 
 
 def test_binarise_and_its_gradient():
@@ -197,6 +221,14 @@ def test_lasso_on_hand_numbers():
     assert float(Handmade(factor, num_layers=2).lasso(mask).detach()) == pytest.approx(5 / 6, abs=1e-6)
     columns = nn.Parameter(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
     assert Handmade(columns, dimension=1).levels(mask)["lasso_a"] == pytest.approx(4.9999 / 3, abs=1e-6)
+
+
+def test_untrained_adapters_are_those_of_the_cut_linear():
+    adapters = wiring.Adapters.__new__(wiring.Adapters)
+    down, up, unit_R = torch.ones(2, 8), torch.ones(8, 2), torch.arange(8)
+    adapters.rows = [(down, 1, unit_R), (up, 0, unit_R)]
+    adapters.widen(torch.arange(8) < 2)
+    assert torch.equal(down, torch.full((2, 8), 2.0)) and torch.equal(up, torch.ones(8, 2))
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(1.0, [2.4, 3.2]), (6.0, [0.0, 0.0])])

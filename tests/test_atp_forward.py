@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from torch import nn
 
-from sentei import checkpoint, head_dims, lora, structure
+from sentei import checkpoint, head_dims, importance, lora, masks, structure
 from sentei.distill import Distillation
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.gradients import mask_gradient
@@ -98,6 +98,23 @@ def test_masked_is_cut_and_both_forwards_meet_after_zeroing(name, space):
             assert module.self_attn.v_proj.out_features == kept["v_dims"] * size.num_kv_heads
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     assert torch.equal(cut.generate(IDS, **options), cut.generate(IDS, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen3"])
+def test_means_stand_in_for_what_is_masked(name):
+    """As the other structural methods do it; for the forwards of the block alone."""
+    made = Adapted(name, SPACES[0])
+    keep = random_keep(made.units)
+    seen = importance.moments(made.model, IDS, made.units.granularity)
+    fill = importance.mean_fill(seen)
+    with masks.masked(made.model, made.units, keep, fill), torch.no_grad():
+        expected = made.model(input_ids=IDS, use_cache=False).logits
+    with torch.no_grad(), made.book.using("full", keep.float(), fill):
+        found = made.model(input_ids=IDS, use_cache=False).logits
+    assert (found - expected).abs().max() <= 1e-5
+    assert (made.logits("full", keep) - expected).abs().max() > 0.1 and not made.book.fill
+    with made.book.using("full", keep.float(), fill), made.book.using("off"):
+        assert torch.equal(made.logits("off"), made.model(input_ids=IDS, use_cache=False).logits.detach())
 
 
 def test_the_whole_mask_changes_nothing():

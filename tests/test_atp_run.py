@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from sentei import cli, structure
+from sentei import checkpoint, cli, structure
 from sentei.data import prompts
 from sentei.data.examples import Examples
 from sentei.data.prompts import make_row
@@ -526,6 +526,37 @@ def test_a_refit_at_the_freeze_does_what_lora_had_no_time_for(words, examples, t
     with pytest.raises(KeyboardInterrupt):
         short(compensate="least-squares", **fields).compress(model, words, examples, report=kill)
     assert same(weights(model), weights(taught))
+
+
+@pytest.mark.parametrize("shape", ["heterogeneous", "uniform"])
+def test_a_refit_leaves_biases_where_the_format_has_a_place_for_them(shape, words, examples, taught, tmp_path):
+    model = copy.deepcopy(taught)
+    fields = {"steps": 2, "sparsity": 0.3, "round_channels": 1, "lora_on": "cut", "start": "flap", "shape": shape}
+    record = short(compensate="least-squares", **fields).compress(model, words, examples)
+    assert record["freeze"]["refitted"] and record["cut_against_masked"] <= 1e-4
+    assert any(size.mlp_bias for size in structure.sizes(model)) == (shape == "heterogeneous")
+    taught.save_pretrained(tmp_path / "parent")
+    words.save_pretrained(tmp_path / "parent")
+    stage = {"method": "atp", "fields": {}, "seed": 0, "data": {}, "record": {}}
+    checkpoint.save(model, words, tmp_path / "small", parent=tmp_path / "parent", record=stage, shape=shape)
+    again, _ = checkpoint.load(tmp_path / "small")
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_the_steps_of_another_run_are_refused(words, examples, tmp_path):
+    how = short(lora_on="cut", save_every=2)
+
+    def kill(event):
+        if event.get("step") == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        how.compress(toy(), words, examples, workdir=tmp_path, report=kill)
+    with pytest.raises(ValueError, match=r"generator.pt belongs to another run; delete it"):
+        short(lora_on="cut", alpha=4.0).compress(toy(), words, examples, workdir=tmp_path)
+    with pytest.raises(ValueError, match=r"generator.pt belongs to another run; delete it"):
+        how.compress(toy(seed=1), words, examples, workdir=tmp_path)
 
 
 def test_a_refit_that_makes_held_out_rows_worse_is_left_out(words, examples, taught, monkeypatch):
