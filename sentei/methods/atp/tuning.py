@@ -25,7 +25,7 @@ from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import gradients, health, ranks, selection
 from sentei.methods.atp.refit import Refit, blocks
-from sentei.methods.atp.wiring import Adapters, MaskBook, Teacher
+from sentei.methods.atp.wiring import Adapters, MaskBook, Teacher, with_adapter
 from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
 from sentei.train import (
@@ -240,7 +240,8 @@ class Tuning:
             self._start()
         begun = time.monotonic()
         for step in range(done, self.lead_steps, self.method.control_every):
-            self._decide(step)
+            with with_adapter(self.model, None):  # they have learned nothing yet
+                self._decide(step)
             done = min(step + self.method.control_every, self.lead_steps)
             entry = {"step": done - self.lead_steps, "phase": "control", **self.state["last"]}
             entry |= {"slice_tokens": self.state["slice_tokens"], "seconds": time.monotonic() - begun}

@@ -130,6 +130,23 @@ def add_adapter(model: nn.Module, rows: list[Row], name: str, *, rank: int, alph
         parameter.requires_grad_(parameter_name in trained)
 
 
+@contextmanager
+def with_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside the block this adapter computes, or none; afterwards "default" again, unless none did before."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    trained = {p: p.requires_grad for p in model.parameters()}
+    silent = any(layer.disable_adapters for layer in layers)
+    try:
+        for layer in layers:
+            layer.enable_adapters(False) if name is None else layer.set_adapter(name)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(not silent) if name is None else layer.set_adapter("default")
+        for parameter, requires in trained.items():
+            parameter.requires_grad_(requires)
+
+
 def adapter(model: nn.Module, row: Row) -> LoraLinear:
     wrapped = model.get_submodule(row.name)
     assert isinstance(wrapped, LoraLinear)
@@ -378,20 +395,10 @@ class Teacher(nn.Module):
         super().__init__()
         self.__dict__.update(model=model, book=book, adapter=adapter)
         self.config = model.config
-        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
 
         def switched(**inputs: Tensor) -> Any:
-            trained = {p: p.requires_grad for p in model.parameters()}
-            try:
-                for layer in layers:
-                    layer.enable_adapters(False) if adapter is None else layer.set_adapter(adapter)
-                with evaluating(model), book.using("off"):
-                    return structure.base_model(model)(**inputs)
-            finally:
-                for layer in layers:
-                    layer.enable_adapters(True) if adapter is None else layer.set_adapter("default")
-                for parameter, requires in trained.items():
-                    parameter.requires_grad_(requires)
+            with with_adapter(model, adapter), evaluating(model), book.using("off"):
+                return structure.base_model(model)(**inputs)
 
         self.__dict__["switched"] = switched
 
