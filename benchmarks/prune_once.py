@@ -12,6 +12,7 @@ prune once       the method: pruned in pre-training with the teacher, pattern lo
 ..., hidden ...  the same, hidden states in its loss
 ..., fitted      that, from a start that is fitted to the teacher by least squares at the final sparsity
 layers alone     from that start the distance of hidden states only, on short blocks (--hidden-...): no head, no stage A
+..., pairs too   half of the batches are two segments, and all as long as a task's rows; as many tokens
 fitted alone     this start, without the pre-training
 1x4              the method in blocks of four
 one-shot         (a) A's output pruned at once by magnitude, then fine-tuned with the pattern locked
@@ -56,6 +57,7 @@ KINDS = (
     "prune once, hidden states too",
     "prune once, fitted",
     "layers alone",
+    "layers alone, pairs too",
     "fitted alone",
     "1x4",
     "one-shot",
@@ -66,7 +68,14 @@ KINDS = (
 )
 GIVEN = ("data", "text_field")  # to `compress`, not to the method
 SPARSE = tuple(kind for kind in KINDS if not kind.startswith("dense") and kind != "small dense")
-QUANTISED = ("prune once", "prune once, hidden states too", "prune once, fitted", "layers alone", "1x4")
+QUANTISED = (
+    "prune once",
+    "prune once, hidden states too",
+    "prune once, fitted",
+    "layers alone",
+    "layers alone, pairs too",
+    "1x4",
+)
 
 
 def tasks(root: Path) -> dict[str, dict[str, Any]]:
@@ -257,8 +266,11 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
         fields["kd_hidden"] = args.kd_hidden
     if "fitted" in kind:
         fields["start"] = "fit"
-    if kind == "layers alone":
+    if kind.startswith("layers alone"):
         fields |= layers_alone(args)
+    if kind == "layers alone, pairs too":
+        times = args.task_seq_len / args.hidden_seq_len  # as long as a task's, as many tokens
+        fields |= {"pairs": 0.5, "seq_len": args.task_seq_len, "batch_size": round(args.hidden_batch_size / times)}
     if kind == "fitted alone":
         fields |= {"steps": 1, "lr": 1e-12}
         if not args.teacher_steps:  # no head to train

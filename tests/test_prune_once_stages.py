@@ -223,6 +223,28 @@ def test_the_layers_alone(words, text):
         assert held.checksum() != record["mask_sha256"]
 
 
+def test_pairs_among_the_blocks(text):
+    """Two batches in five are of two segments; padding is no target; the teacher's layers say how far it is."""
+    words = word_pieces()
+    model = BertModel(tiny_model("bert").config)
+    for matrix in lock.prunable(model).values():
+        matrix.data *= 10  # so that its layers say something
+    method = Student(objective="hidden", start="fit", steps=60, sparsity=0.7, pairs=0.4, **FEW)
+    batches, held = method._data(model, words, text, "hidden")
+    double = [n for n in range(10) if "token_type_ids" in batches(n)]
+    assert double == [2, 4, 7, 9] and sum("token_type_ids" in batch for batch in held) == 1 < len(held)
+    for batch in (batches(2), held[-1]):
+        assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "targets"}
+        assert batch["token_type_ids"].any() and "next_sentence" not in batch
+        assert torch.equal(batch["targets"] == -100, batch["attention_mask"] == 0)
+    assert not torch.equal(batches(2)["input_ids"], batches(4)["input_ids"])
+    record = method.compress(model, words, text)
+    first, fitted, *_, last = [line["validation_loss"] for line in record["history"]]
+    assert first == 0 and last < fitted
+    with pytest.raises(ValueError, match="RobertaForMaskedLM has one segment only; leave pairs at 0"):
+        method.compress(tiny_model("roberta"), words, text)
+
+
 def test_chunks_make_no_difference_and_equal_the_full_loss(tokens):
     student, teacher = tiny_model("bert"), tiny_model("bert", seed=1)
     batch = batch_for("mlm", tokens)
@@ -519,6 +541,8 @@ def test_student_refusals(fields, family, message, words, text):
         ({"start": "fit", "scope": "global"}, "one block after the other"),
         ({"start": "fit", "fit_tokens": 0}, "fit_tokens must be at least 1"),
         ({"objective": "hidden", "checkpointing": True}, "leave one of them"),
+        ({"pairs": 0.5}, "pairs is for objective=hidden"),
+        ({"pairs": 1.5, "objective": "hidden"}, "from 0 to 1"),
     ],
 )
 def test_bad_fields(fields, message):

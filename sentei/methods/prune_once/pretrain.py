@@ -306,6 +306,9 @@ class Student(Pretraining):
         "ours",
     )
     fit_tokens: int = option(16384, "start fit: tokens of the training text", "ours")
+    pairs: float = option(
+        0.0, "objective hidden: fraction of the batches that are pairs of segments, as tasks of two texts have", "ours"
+    )
     prune_start: float = option(0.0, "fraction of the run at which pruning starts, t0", "authors' code")
     prune_end: float = option(0.5, "fraction at which the target is reached, t1", "authors' code")
     prune_freeze: float = option(0.8, "fraction after which the mask no longer moves, t_end", "authors' code")
@@ -331,6 +334,10 @@ class Student(Pretraining):
             raise ValueError(f"start is dense or fit, got {self.start!r}")
         if self.start == "fit" and (self.scope == "global" or self.include):
             raise ValueError("start=fit prunes the linears of one block after the other; leave scope and include")
+        if not 0 <= self.pairs <= 1:
+            raise ValueError(f"pairs is a fraction of the batches, from 0 to 1; got {self.pairs}")
+        if self.pairs and self.objective != "hidden":
+            raise ValueError("pairs is for objective=hidden; mlm_nsp has nothing else, the others one segment")
         if self.fit_tokens < 1:
             raise ValueError(f"fit_tokens must be at least 1, got {self.fit_tokens}")
         weights = (self.kd_hard, self.kd_soft, self.kd_hidden)
@@ -463,6 +470,36 @@ class Student(Pretraining):
             "seconds": time.monotonic() - started,
             "saving": {"masks": masks, "zstd": self.zstd} if self.shape == "sparse" else {},
         }
+
+    def _data(self, model: Any, tokenizer: Any, text: data.Text, objective: str) -> tuple[Batches, list[Batch]]:
+        """Blocks, and among them batches of pairs: the second segment's embedding is in no block."""
+        single, held = super()._data(model, tokenizer, text, objective)
+        if not self.pairs:
+            return single, held
+        if getattr(model.config, "type_vocab_size", 1) < 2:
+            raise ValueError(f"{type(model).__name__} has one segment only; leave pairs at 0")
+        size, length = self.batch_size or 1, self.seq_len or 8
+        device = next(model.parameters()).device
+
+        def as_they_are(ids: Tensor, n: int) -> Batch:
+            return {"input_ids": ids, "targets": ids}
+
+        def read(batch: Batch) -> Batch:
+            targets = batch["targets"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+            return without_pairs(batch) | {"targets": targets}
+
+        double = pairs(text.train, tokenizer, length, seed=self.seed).batches(size, seed=self.seed, mask=as_they_are)
+        made = pairs(text.validation, tokenizer, length, seed=self.seed)
+        rows = range(min(len(made), size * max(1, round(self.pairs * len(held)))))
+        held_pairs = [read(made.batch(rows[i : i + size], as_they_are, 0)) for i in range(0, len(rows), size)]
+        held = held[: len(held) - round(self.pairs * len(held))]
+        held += [{name: x.to(device) for name, x in batch.items()} for batch in held_pairs]
+
+        def batches(n: int) -> Batch:
+            before, after = int(n * self.pairs), int((n + 1) * self.pairs)
+            return read(double(before)) if after > before else single(n - before)
+
+        return batches, held
 
     def _loss(self, model: Any, teacher: Any, objective: str) -> Any:
         if objective == "hidden":
