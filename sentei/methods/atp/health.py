@@ -44,8 +44,8 @@ def alarms(state: dict[str, Any], control_steps: int, final_mask: str, from_dens
     if not freeze.get("refitted", True):
         found.append(
             f"the least-squares refit was left out: held-out rows have {freeze['loss_before_refit']:.3f} without it, "
-            f"{freeze['loss_after_refit']:.3f} with it. It aims at the dense model: generator_loss=kl with "
-            "lora_on=dense keeps the mask near that, and more rows or refit_tokens help"
+            f"{freeze['loss_after_refit']:.3f} with it. It aims at the dense model: generator_loss=kl keeps the mask "
+            "near that, lora_on=cut or dense keeps adapters out of it, and more rows or refit_tokens help"
         )
     if final_mask != "topk" and abs(freeze["misses_budget_by"]) > 0:
         found.append(f"final_mask={final_mask} misses the budget by {freeze['misses_budget_by']:+.2%}")

@@ -137,6 +137,7 @@ class Tuning:
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
         self._loaded = True
         self.refit = Refit(method, model, units, book, data.train, workdir)
+        self.seen: dict[tuple[int, str], Moments] = {}
         self.fill: Fill = {}
         self.log = StepLog(method.log if self.processes.is_main_process else None)
         # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
@@ -168,8 +169,10 @@ class Tuning:
             recompute_activations(self.model)
         with self.book.using("off" if method.mask == "none" else "base", self._mask()):
             begun = time.monotonic()
-            if method.mask == "learned" and method.refits:  # from the model as it is before `train` restores adapters
-                self.fill = {place: mean_W.to(self.device) for place, mean_W in mean_fill(self._moments()).items()}
+            if method.mask == "learned" and (method.refits or method.first_mask == "flap"):
+                self.seen = self._moments()  # of the model as it is before `train` restores adapters
+            if method.mask == "learned" and method.refits:
+                self.fill = {place: mean_W.to(self.device) for place, mean_W in mean_fill(self.seen).items()}
             # A mask that is there before LoRA's first step is made, and its rows are zeroed, before `train` looks at
             # the weights it starts from: on resuming too. It is the same each time.
             if not resuming or not self.control_steps:
@@ -217,7 +220,7 @@ class Tuning:
         if method.first_mask == "taylor":
             self.generator.start_U = decisions.start_logits(self._taylor(), units, method.sparsity, method.offset)
         elif method.first_mask == "flap":
-            score_U = ranks.shared(flap(self.model, units, self._moments()).float())
+            score_U = ranks.shared(flap(self.model, units, self.seen).float())
             self.generator.start_U = decisions.start_alike(score_U, units, method.sparsity, method.offset)
         elif (keep_U := method.start_mask(units)) is not None:
             self.generator.start_U = decisions.start_near(keep_U, method.offset)
