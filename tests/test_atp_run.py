@@ -300,6 +300,14 @@ def test_the_mask_nearest_to_the_dense_model(lora_on, words, examples, taught, m
     assert_plain(model)
 
 
+def test_rows_that_both_read_are_counted_once(words):
+    long = {**rows(1)[0], "response": "say " * 60}
+    few = Examples("response", [*rows(40), long], rows(8, 100), [], None, "numbers", "0" * 64)
+    for fields, generator in (({}, 40), ({"mask": "none"}, 0), ({"slice_rows": 8}, 8)):
+        _, counts = ATP(seq_len=40, **fields)._data(words, few)
+        assert counts["rows_dropped"] == 1 and counts["rows"]["generator"] in (generator, generator - 1), fields
+
+
 def test_the_papers_form_by_one_word():
     paper = ATP(preset="paper", lora_on="dense")
     assert {name: getattr(paper, name) for name in PAPER} == PAPER | {"lora_on": "dense"}
@@ -667,6 +675,10 @@ def test_from_the_command_line(words, tmp_path, capsys):
     assert len(compared_accuracies(tmp_path)) == 1
     assert cli.main(["report", str(tmp_path / "parent"), str(tmp_path / "small"), "--out", str(page)]) == 0
     for drawn in ("ce and slice ce", "kept and wanted kept (dashed)", "control steps are few"):
+        assert drawn in page.read_text(), drawn
+    assert cli.main([*command, "--preset", "paper", "--out", str(tmp_path / "paper")]) == 0
+    assert cli.main(["report", str(tmp_path / "parent"), str(tmp_path / "paper"), "--out", str(page), "--force"]) == 0
+    for drawn in ("ce and slice ce", "kept and wanted kept (dashed)", "lasso", "control steps are few"):
         assert drawn in page.read_text(), drawn
     capsys.readouterr()
     assert cli.main(["eval", str(tmp_path / "small"), "--data", "python-docs", "--seq-len", "60"]) == 2

@@ -192,7 +192,8 @@ class ATP:
     @property
     def shares_rows(self) -> bool:
         """Do the generator and LoRA read the same rows? What follows the dense model cannot learn answers by heart."""
-        return self.slice_rows is None and self.lora_on == "cut" and self.generator_loss == "kl"
+        follows = self.lora_on == "cut" and self.generator_loss == "kl"
+        return self.mask == "learned" and self.slice_rows is None and follows
 
     @property
     def refits(self) -> bool:
@@ -464,15 +465,16 @@ class ATP:
         batch_size = self.batch_size or (20 if len(rest) >= 5000 else max(4, len(rest) // 250))
         per_step = batch_size * self.accumulate * processes().num_processes
         steps = self.steps or max(math.ceil(self.epochs * len(train) / per_step), 500)
-        parts = (train.ids, slice.ids, validation.ids)
-        fingerprint = hashlib.sha256(repr((parts, steps, batch_size)).encode()).hexdigest()
+        parts = (train, validation) if self.shares_rows else (train, slice, validation)
+        read = [part.ids for part in parts]
+        fingerprint = hashlib.sha256(repr((read, steps, batch_size)).encode()).hexdigest()
         chosen_on = "validation" if len(validation) else "slice" if len(slice) and not self.shares_rows else "train"
         held_out = {"validation": validation, "slice": slice, "train": train}[chosen_on]
         data = Data(train, slice, held_out, prompts.pad_id(tokenizer), self.loss_on, batch_size, steps, fingerprint)
         counts = {
             "rows": {"lora": len(train), "generator": len(slice), "validation": len(validation)},
-            "rows_dropped": train.dropped + slice.dropped + validation.dropped,
-            "prompts_cut": train.cut + slice.cut + validation.cut,
+            "rows_dropped": sum(part.dropped for part in parts),
+            "prompts_cut": sum(part.cut for part in parts),
             # The slice has chosen the mask, so its cross-entropy is optimistic, though LoRA never learned from it.
             "best_chosen_on": chosen_on,
         }

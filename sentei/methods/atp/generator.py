@@ -101,9 +101,7 @@ def start_logits(score_U: Tensor, units: Units, sparsity: float, offset: float) 
     logits_U = torch.zeros(len(units))
     for kind in units.granularity:
         of = (units.kind_U == KINDS.index(kind)).nonzero().flatten()
-        place = torch.empty(len(of))
-        place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
-        logits_U[of] = START_SLOPE * (place - sparsity)
+        logits_U[of] = _by_rank(score_U[of], sparsity)
     return logits_U + BORDER - offset
 
 
@@ -120,10 +118,15 @@ def start_alike(score_U: Tensor, units: Units, sparsity: float, offset: float) -
     for kind in units.granularity:
         for layer in range(units.num_layers):
             of = units.of(layer, kind)
-            place = torch.empty(len(of))
-            place[score_U[of].argsort(stable=True)] = (torch.arange(len(of)) + 0.5) / max(1, len(of))
-            logits_U[of] = START_SLOPE * (place - share[kind])
+            logits_U[of] = _by_rank(score_U[of], share[kind])
     return logits_U + BORDER - offset
+
+
+def _by_rank(score_N: Tensor, share: float) -> Tensor:
+    """Evenly spaced logits, the higher scores higher, with a part of `share` below 0, [N]."""
+    place_N = torch.empty(len(score_N))
+    place_N[score_N.argsort(stable=True)] = (torch.arange(len(score_N)) + 0.5) / max(1, len(score_N))
+    return START_SLOPE * (place_N - share)
 
 
 def start_near(keep_U: Tensor, offset: float) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,8 @@ class Tuning:
         self.processes = processes()
         learned = method.mask == "learned"
         decided = round(method.control_fraction * data.steps) if learned else 0
-        ahead = method.lora_on == "cut"
-        self.lead_steps = max(1, decided) if ahead and learned else 0  # of the generator, before LoRA's first
-        self.control_steps = 0 if ahead else decided
+        self.lead_steps = max(1, decided) if learned and method.lora_on == "cut" else 0  # before LoRA's first
+        self.control_steps = 0 if self.lead_steps else decided
         self.frozen_steps = data.steps - self.control_steps
         gradual = self.control_steps and method.zeroing == "proximal" and not method.refits
         self.ramp = math.ceil(method.ramp * self.frozen_steps) if gradual else 0
@@ -137,8 +137,6 @@ class Tuning:
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
         self._loaded = True
         self.refit = Refit(method, model, units, book, data.train, workdir)
-        self.seen: dict[tuple[int, str], Moments] = {}
-        self.fill: Fill = {}
         self.log = StepLog(method.log if self.processes.is_main_process else None)
         # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
         self._live = method.zeroing == "beta" and self.control_steps > 0
@@ -168,16 +166,12 @@ class Tuning:
         if method.checkpointing:  # the generator's first step comes before the loop that would switch it on
             recompute_activations(self.model)
         with self.book.using("off" if method.mask == "none" else "base", self._mask()):
-            begun = time.monotonic()
-            if method.mask == "learned" and (method.refits or method.first_mask == "flap"):
-                self.seen = self._moments()  # of the model as it is before `train` restores adapters
-            if method.mask == "learned" and method.refits:
-                self.fill = {place: mean_W.to(self.device) for place, mean_W in mean_fill(self.seen).items()}
             # A mask that is there before LoRA's first step is made, and its rows are zeroed, before `train` looks at
             # the weights it starts from: on resuming too. It is the same each time.
             if not resuming or not self.control_steps:
+                begun = time.monotonic()
                 self._begin()
-            self.state["begin_seconds"] = time.monotonic() - begun
+                self.state["begin_seconds"] = time.monotonic() - begun
             steps = train(
                 self.model,
                 self.data.batches(self.data.train, method.seed),
@@ -185,7 +179,7 @@ class Tuning:
                 settings,
                 folder=folder,
                 state=self.state,
-                fingerprint=repr((settings_of(method) | {"save_every": 0}, self.data.fingerprint)),
+                fingerprint=self._identity(),
             )
             try:
                 with closing(steps):
@@ -220,7 +214,7 @@ class Tuning:
         if method.first_mask == "taylor":
             self.generator.start_U = decisions.start_logits(self._taylor(), units, method.sparsity, method.offset)
         elif method.first_mask == "flap":
-            score_U = ranks.shared(flap(self.model, units, self.seen).float())
+            score_U = ranks.shared(flap(self.model, units, self._seen).float())
             self.generator.start_U = decisions.start_alike(score_U, units, method.sparsity, method.offset)
         elif (keep_U := method.start_mask(units)) is not None:
             self.generator.start_U = decisions.start_near(keep_U, method.offset)
@@ -228,7 +222,7 @@ class Tuning:
     def _lead(self) -> None:
         """All steps of the generator, and the freeze, while LoRA waits; counted up to 0, where LoRA begins."""
         file = self.workdir / LEAD if self.workdir else None
-        how = repr((settings_of(self.method) | {"save_every": 0}, self.data.fingerprint, weights_digest(self.model)))
+        how = repr((self._identity(), weights_digest(self.model))) if file else ""
         done = 0
         if file is not None and file.exists():
             saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -392,7 +386,7 @@ class Tuning:
             micro,
             self.precision,
             loss=self.guide,
-            fill=self.fill,
+            fill=self._fill,
             checkpointing=method.checkpointing,
         )
 
@@ -558,11 +552,19 @@ class Tuning:
             return selection.uniform(score_U, units, method.sparsity, self.floors)
         return selection.top_k(score_U, units, method.sparsity, self.floors, by_kind=True)
 
-    def _moments(self) -> dict[tuple[int, str], Moments]:
-        """What the dense model's reading linears take in, on the rows of the refit."""
+    @cached_property
+    def _seen(self) -> dict[tuple[int, str], Moments]:
+        """What the untuned dense model's reading linears take in, on the rows of the refit."""
         text_NT = blocks(self.method, self.model, self.units, self.data.train)
-        with evaluating(self.model), self.book.using("off"):
+        with evaluating(self.model), with_adapter(self.model, None), self.book.using("off"):
             return moments(self.model, text_NT, self.units.granularity)
+
+    @cached_property
+    def _fill(self) -> Fill:
+        """What stands in for masked units while the generator seeks: their means where a refit makes good for them."""
+        if not self.method.refits:
+            return {}
+        return {place: mean_W.to(self.device) for place, mean_W in mean_fill(self._seen).items()}
 
     def _taylor(self) -> Tensor:
         """Scores [U] of the untuned model on the first training batches."""
@@ -591,6 +593,10 @@ class Tuning:
 
     def _fraction(self, keep_U: Tensor) -> float:
         return int(self.units.cost_U[keep_U].sum()) / self.units.total
+
+    def _identity(self) -> str:
+        """What a saved state must share with this run, besides weights. Saving more often changes no number."""
+        return repr((settings_of(self.method) | {"save_every": 0}, self.data.fingerprint))
 
     def _not_finite(self, what: str) -> str:
         kept = f"; the last good state is in {self.workdir}" if self.workdir else ""
