@@ -88,6 +88,15 @@ def test_a_start_with_layers_alike(sparsity, heads, channels):
     assert gone == pytest.approx(sparsity, abs=0.02)
 
 
+def test_a_start_near_the_budget_where_every_layer_has_one_group():
+    """It cannot go, so channels, 0.75 of the parameters, make good for all of the budget."""
+    units = toy_units(layers=3, groups=1, channels=100, group_cost=200, channel_cost=6)
+    logits_U = start_alike(torch.arange(len(units)).float().sin(), units, 0.4, 3.0)
+    stays_U = keep_probability(logits_U, 3.0) > 0.5
+    assert bool(stays_U[units.of(0, "heads")].all())
+    assert float(units.cost_U[~stays_U].sum()) / units.total == pytest.approx(0.4, abs=0.01)
+
+
 def test_binarise_and_its_gradient():
     u = math.exp(-1)
     noise = -math.log(-math.log(u + 1e-10) + 1e-10)

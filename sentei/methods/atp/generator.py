@@ -109,11 +109,12 @@ def start_alike(score_U: Tensor, units: Units, sparsity: float, offset: float) -
     """As `start_logits`, every layer alike: ranks inside each, and heads that go half as often as channels make good.
 
     Channels go with at most 0.9. One KV group weighs as much as hundreds of them, and what no layer has lost LoRA can
-    use; which groups and layers are to lose more is for the generator to find.
+    use; which groups and layers are to lose more is for the generator to find. A layer's only group never goes.
     """
     logits_U = torch.zeros(len(units))
     heads = float(units.cost_U[units.kind_U == KINDS.index("heads")].sum()) / units.total
-    channels = min(0.9, sparsity * (1 - heads / 2) / (1 - heads)) if heads < 1 else 0.0
+    often = 0.5 if any(len(units.of(layer, "heads")) > 1 for layer in range(units.num_layers)) else 0.0
+    channels = min(0.9, sparsity * (1 - often * heads) / (1 - heads)) if heads < 1 else 0.0
     share = {"channels": channels, "heads": (sparsity - (1 - heads) * channels) / heads if heads else 0.0}
     for kind in units.granularity:
         for layer in range(units.num_layers):
