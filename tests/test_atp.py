@@ -379,6 +379,12 @@ def test_a_start_near_the_budget_needs_fewer_steps():
     assert "40 control steps are few; give more" in alarms_of(met, 40, False)[0]
 
 
+def test_a_start_by_scores_leaves_more_undecided():
+    met = [0.0] * 10
+    assert alarms_of(met, undecided=0.2, from_dense=False) == [] and "undecided" in alarms_of(met, undecided=0.2)[0]
+    assert "undecided" in alarms_of(met, undecided=0.3, from_dense=False)[0]
+
+
 def test_only_b_can_still_work():
     met = [0.0] * 10
     assert alarms_of(met, lasso_a=0.9) == []

@@ -8,6 +8,9 @@ from typing import Any
 
 MET = 0.01  # a budget loss below this: the parameters kept are within 1 % of those wanted
 FEW_CONTROL_STEPS = {True: 200, False: 50}  # from a dense start, whose first task is to come to the budget, or not
+# From dense, as in the paper. A start near the budget is graded by scores and never hardens: 12 to 20 % were undecided
+# where ATP was as good as pruning first (results/).
+UNDECIDED = {True: 0.02, False: 0.25}
 
 
 def alarms(state: dict[str, Any], control_steps: int, final_mask: str, from_dense: bool) -> list[str]:
@@ -33,8 +36,10 @@ def alarms(state: dict[str, Any], control_steps: int, final_mask: str, from_dens
         found.append(f"{control_steps} control steps are few; {wanted}")
     if not freeze["flips_fall"]:
         found.append("units still changed sides as often in the last fifth of the control phase as before it")
-    if freeze["undecided"] > 0.02:
-        found.append(f"{freeze['undecided']:.1%} of the units were undecided at the freeze (healthy: below 2 %)")
+    if freeze["undecided"] > (limit := UNDECIDED[from_dense]):
+        found.append(
+            f"{freeze['undecided']:.1%} of the units were undecided at the freeze (healthy: below {limit:.0%})"
+        )
     # Of B alone: while the rows of B are zero, the columns of A that read them compute nothing, however large they are.
     if state["peak_lasso"] and freeze["lasso_b"] > 0.1 * state["peak_lasso"]:
         found.append(
