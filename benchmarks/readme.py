@@ -205,7 +205,7 @@ def best_depth(table: dict[str, Any]) -> str:
 
 def best_sparse(table: dict[str, Any]) -> str:
     return (
-        "**One sparse pre-trained encoder for all tasks, and its rivals.** "
+        "**One sparse pre-trained model for all tasks, and its rivals.** "
         + prune_once.markdown(table).partition("\n\nBytes on disk")[0]
         + "\n"
     )
@@ -220,7 +220,8 @@ def best_domain(table: dict[str, Any]) -> str:
         f"{how['calibration'] * how['seq_len']:,} tokens:"
     )
     lines = []
-    for sparsity, method in dict.fromkeys((row["sparsity"], row["method"]) for row in rows):
+    made = dict.fromkeys((row["sparsity"], row["method"]) for row in rows)
+    for sparsity, method in sorted(made, key=lambda pair: pair[0]):
         found = [row for row in rows if (row["sparsity"], row["method"]) == (sparsity, method)]
         cells = [spread([atp.headline(row)[name] for row in found], 3) for name in names]
         cells.append(spread([row["scores"]["perplexity_full"]["perplexity"] for row in found], 2))
@@ -253,7 +254,7 @@ def depth(table: dict[str, Any]) -> str:
 
 
 def sparse(table: dict[str, Any]) -> str:
-    return "**One sparse pre-trained encoder for all tasks, and its rivals.** " + prune_once.markdown(table) + "\n"
+    return "**One sparse pre-trained model for all tasks, and its rivals.** " + prune_once.markdown(table) + "\n"
 
 
 def domain(table: dict[str, Any]) -> str:
