@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from sentei import checkpoint, cli, structure
+from sentei import checkpoint, cli, data, structure
 from sentei.data import prompts
 from sentei.data.examples import Examples
 from sentei.data.prompts import make_row
 from sentei.distill import Distillation
 from sentei.methods import atp
 from sentei.methods.atp import ATP, PAPER, selection, wiring
+from sentei.methods.policy_gradient import PolicyGradient
 from sentei.report import reading
 from sentei.train import Settings, shuffled, train
 
@@ -77,7 +78,7 @@ def without_times(record):
     """A record without what differs between two runs of the same computation."""
     record = copy.deepcopy(record)
     for entry in (record, *record["history"]):
-        for name in ("seconds", "generator_seconds", "tuning_seconds"):
+        for name in ("seconds", "generator_seconds", "tuning_seconds", "search_seconds"):
             entry.pop(name, None)
     return record
 
@@ -191,7 +192,7 @@ def test_same_seed_same_model(words, examples):
         {"start": "taylor"},
         {"generator_loss": "kl"},
         {"start": "taylor", "lora_on": "dense", "generator_loss": "kl", "compensate": "auto", "lr": 1e-5},
-        {"start": "auto", "lora_on": "cut", "generator_loss": "kl", "compensate": "auto", "sparsity": 0.2},
+        {"start": "auto", "lora_on": "cut", "generator_loss": "kl", "compensate": "auto", "sparsity": 0.4},
         {"lora_on": "cut", "control_every": 2},
         {"mask": "taylor"},
         {"mask": "random"},
@@ -304,8 +305,24 @@ def test_rows_that_both_read_are_counted_once(words):
     long = {**rows(1)[0], "response": "say " * 60}
     few = Examples("response", [*rows(40), long], rows(8, 100), [], None, "numbers", "0" * 64)
     for fields, generator in (({}, 40), ({"mask": "none"}, 0), ({"slice_rows": 8}, 8)):
-        _, counts = ATP(seq_len=40, **fields)._data(words, few)
+        method, model = ATP(seq_len=40, **fields), toy()
+        _, counts = method._data(model, method.units_of(model), words, few)
         assert counts["rows_dropped"] == 1 and counts["rows"]["generator"] in (generator, generator - 1), fields
+
+
+def test_a_refit_reads_rows_whole_and_drawn_at_random(words):
+    """Not the part of them that fits into `seq_len`, nor the first ones: files are sorted by task."""
+    long = [{**row, "prompt": row["prompt"] + " of 1,000" * 9} for row in rows(40)]
+    model, given = toy(), Examples("response", long, rows(8, 100), [], None, "numbers", "0" * 64)
+
+    def text(**fields):
+        method = ATP(seq_len=40, **fields)
+        return method._data(model, method.units_of(model), words, given)[0]
+
+    everything = text(refit_tokens=10**6)
+    assert everything.text_NT.numel() > 2 * sum(map(len, everything.train.ids))
+    few, again, other = (text(refit_tokens=400, seed=seed).text_NT for seed in (0, 0, 1))
+    assert few.shape == (10, 40) and torch.equal(few, again) and not torch.equal(few, other)
 
 
 def test_the_papers_form_by_one_word():
@@ -550,6 +567,55 @@ def test_a_refit_leaves_biases_where_the_format_has_a_place_for_them(shape, word
     again, _ = checkpoint.load(tmp_path / "small")
     ids = torch.arange(5, 25)[None]
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_it_starts_at_what_policy_gradient_keeps(words, examples, tmp_path):
+    """The search of widths on LoRA's rows, a tenth of them to judge it; a generator that stands still keeps that."""
+    how = short(start="slopes", lora_on="cut", sparsity=0.3, steps=4, generator_lr=1e-9)
+    record = how.compress(toy(), words, examples, workdir=tmp_path)
+    texts = prompts.rows_as_text(
+        [examples.train[i] for i in prompts.hold_out(examples.train, 8, 0)[0]], prompts.Template(words, "plain")
+    )
+    text = data.Text(texts[3:], texts[:3], [], "rows", "")
+    blocks = len(data.blocks(text.train, words, 40))
+    method = PolicyGradient(
+        sparsity=0.3 * structure.units(toy(), "heads+channels").total / structure.units(toy()).layer_parameters,
+        compensate="none", round_to=4, calibration_samples=blocks, calibration_seq_len=40, batch_size=4, seq_len=40,
+        eval_samples=8,
+    )  # fmt: skip
+    parent = toy()
+    keep_U, _ = method.choose(method.start(parent, words, text))
+    assert record["kept"] == structure.kept(structure.units(parent), keep_U)
+    assert record["search_seconds"] > 0 and (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize("phase", ["search", "generator"])
+def test_a_start_that_was_killed_goes_on(phase, words, examples, tmp_path):
+    how = short(start="slopes", lora_on="cut", sparsity=0.3, steps=4, save_every=1)
+    whole = toy()
+    expected = how.compress(whole, words, examples)
+
+    def kill(event):
+        searching = "searching" in event.get("message", "")
+        if event.get("step", 0) >= 2 and searching == (phase == "search"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        how.compress(toy(), words, examples, workdir=tmp_path, report=kill)
+    model = toy()
+    record = how.compress(model, words, examples, workdir=tmp_path)
+    assert record["kept"] == expected["kept"] and same(weights(model), weights(whole))
+
+
+def test_where_the_masks_begin(words, examples):
+    assert ATP().first_mask == "slopes" and ATP(shape="uniform").first_mask == "flap"
+    assert ATP(units="head-dims+channels").first_mask == "taylor" and ATP(preset="paper").first_mask == "dense"
+    for fields, said in (
+        ({"units": "head-dims+channels", "start": "slopes"}, "start=slopes scores whole heads"),
+        ({"shape": "uniform", "start": "slopes"}, "leaves no widths to search over"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            short(**fields).compress(toy(), words, examples)
 
 
 def test_the_steps_of_another_run_are_refused(words, examples, tmp_path):

@@ -45,24 +45,26 @@ import torch
 from torch import Tensor, nn
 
 from sentei import lora, structure
-from sentei.data import prompts
+from sentei.data import Text, blocks, fingerprint, prompts
 from sentei.data.examples import Examples
 from sentei.data.examples import load as load_rows
 from sentei.methods import Progress, option, with_preset
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.healing import heal
-from sentei.methods.atp.refit import check_tokens
-from sentei.methods.atp.tuning import Data, Tuning
+from sentei.methods.atp.refit import TOKENS, refit_text
+from sentei.methods.atp.tuning import LEAD, Data, Tuning
+from sentei.methods.policy_gradient import PolicyGradient
 from sentei.structure import Units
 from sentei.train import processes, resolve_precision
 
 MASKS = ("learned", "taylor", "random", "none")
-STARTS = ("auto", "dense", "taylor", "flap")
+STARTS = ("auto", "dense", "taylor", "flap", "slopes")
 ZEROING = ("proximal", "beta", "immediate")
 FINAL_MASKS = ("topk", "last_sample", "threshold")
 COMPENSATIONS = ("auto", "none", "least-squares")
 PAPER: dict[str, Any] = {
     "start": "dense", "lora_on": "masked", "generator_loss": "ce", "generator_lr": 1e-3, "compensate": "none",
+    "control_fraction": 0.5,
 }  # fmt: skip
 """What differs from the defaults in the paper's form; numbers from the authors' code."""
 CODE, OURS = "authors' code", "ours"
@@ -72,6 +74,7 @@ ROUNDING = 2.0**-22  # a relative error of two units in the last place of fp32
 SHAKEN = 10.0  # the cut model may differ by so many times what such an error of its embeddings does
 VERIFY_TOKENS = 128
 LEAST_SLICE = 64
+SEARCH_BLOCKS, SEARCH_LENGTH = 4, 128  # of text in a forward of the search for a start
 
 
 @with_preset(PAPER)
@@ -116,10 +119,10 @@ class ATP:
     group_lr_scale: float = option(1.0, "factor on the learning rate of the KV groups' heads", OURS)
     start: str = option(
         "auto",
-        "near the budget, by scores of the untuned model: flap, every layer alike and heads going half as often, or "
-        "taylor, over all layers; dense: the first masks keep all, the authors' way; a folder: near what was kept of "
-        "the same model when policy_gradient or another method made this checkpoint; auto: flap for whole heads, "
-        "else taylor",
+        "near the budget. slopes: what policy_gradient keeps, which searches the layers' widths on the rows first; a "
+        "folder: what was kept of the same model when any method made this checkpoint; flap: by scores, every layer "
+        "alike and heads going half as often; taylor: by scores, over all layers. dense: the first masks keep all, the "
+        "authors' way. auto: slopes for whole heads where layers may differ in width, or flap; else taylor",
         OURS,
     )
     temperature: float = option(0.4, "of the sigmoid that binarises", CODE)
@@ -147,9 +150,10 @@ class ATP:
     beta: float = option(0.3, "weight of the group lasso in the control phase", CODE)
     control_every: int = option(1, "LoRA steps per generator step; more is quicker", CODE)
     control_fraction: float = option(
-        0.5,
-        "part of the steps in which the mask may change; with lora_on=cut the generator's, before `steps` of LoRA",
-        CODE,
+        0.25,
+        "part of the steps in which the mask may change, 0.5 in the authors' code; with lora_on=cut the generator's, "
+        "before `steps` of LoRA",
+        OURS,
     )
     final_mask: str = option("topk", "topk: by rank, exact; for comparison last_sample (the authors'), threshold", OURS)
     zeroing: str = option("proximal", "proximal: gradual, exact; beta: lasso of weight beta_last; immediate", OURS)
@@ -187,7 +191,11 @@ class ATP:
     @property
     def first_mask(self) -> str:
         """`start` without "auto"."""
-        return self.start if self.start != "auto" else "flap" if self.units == "groups+channels" else "taylor"
+        if self.start != "auto":
+            return self.start
+        if self.units != "groups+channels":
+            return "taylor"
+        return "slopes" if self.shape == "heterogeneous" else "flap"
 
     @property
     def shares_rows(self) -> bool:
@@ -254,8 +262,10 @@ class ATP:
                 f"start is {', '.join(STARTS)}, or a folder that sentei has written; got {self.start!r}, without a "
                 "compression.json"
             )
-        if self.units == "head-dims+channels" and self.start == "flap":
-            raise ValueError("start=flap scores whole heads; use start taylor, or units groups+channels")
+        if self.units == "head-dims+channels" and self.start in ("flap", "slopes"):
+            raise ValueError(f"start={self.start} scores whole heads; use start taylor, or units groups+channels")
+        if self.shape == "uniform" and self.start == "slopes":
+            raise ValueError("shape=uniform leaves no widths to search over; use start flap")
         if self.units == "head-dims+channels" and self.shape == "uniform":
             raise ValueError(
                 "a plain architecture would recompute RoPE frequencies and attention scale for the new head size; use "
@@ -327,9 +337,7 @@ class ATP:
         floors = self._floors(units)
         self.select(torch.zeros(len(units)), units)
         self.start_mask(units)
-        data, counts = self._data(tokenizer, examples)
-        if self.refits:
-            check_tokens(self, model, units, data.train)
+        data, texts, counts = self._data(model, units, tokenizer, examples)
         before = {name: (p.dtype, p.requires_grad) for name, p in model.named_parameters()}
         sizes = structure.layer_parameters(model), structure.total_parameters(model)
         _refuse_sharding()
@@ -342,6 +350,10 @@ class ATP:
         precision = resolve_precision(self.precision, device)
         if precision == "fp32":  # 16-bit products are slow on such a device, and these casts are exact both ways
             _cast(model, torch.float32)
+        searched = time.monotonic()
+        if self.mask == "learned":
+            data = replace(data, near_U=self._near(model, units, tokenizer, texts, workdir, report))
+        searched = time.monotonic() - searched
         rows = wiring.wire(model, units)
         adapted = [row.name for row in rows]
         lora.attach(
@@ -363,6 +375,7 @@ class ATP:
                 self, model, units, floors, book, wiring.Adapters(model, units, rows), data, precision, workdir, report
             )
             account = run.run()
+            account |= {"search_seconds": searched, "tuning_seconds": account["tuning_seconds"] + searched}
             keep_U = run.state["keep"]
             if self.heal_steps:
                 account["heal"] = {**self._heal(run, model, book, report), "teacher_tokens": taught}
@@ -414,6 +427,38 @@ class ATP:
             "seen_prompts": prompts.seen([*examples.train, *examples.validation]),
         }
 
+    def _near(
+        self,
+        model: Any,
+        units: Units,
+        tokenizer: Any,
+        texts: list[str],
+        workdir: Path | None,
+        report: Progress | None,
+    ) -> Tensor | None:
+        """The mask that the generator begins near to, [U] bool: the folder's or the search's; None where scores do."""
+        if self.first_mask != "slopes":
+            return self.start_mask(units)
+        if workdir is not None and any((workdir / name).exists() for name in (LEAD, "train.pt")):
+            return None  # a run that goes on has the generator's logits
+        length, cut = min(self.seq_len, SEARCH_LENGTH), max(1, len(texts) // 10)
+        text = Text(texts[cut:], texts[:cut], [], "rows", fingerprint(texts))
+        wanted = math.ceil((self.refit_tokens or TOKENS) / length)
+        search = PolicyGradient(
+            sparsity=self.sparsity * units.total / units.layer_parameters,
+            compensate="mean" if self.refits else "none",
+            round_to=self.round_channels,
+            calibration_samples=len(blocks(text.train, tokenizer, length, most=wanted)),
+            calibration_seq_len=length,
+            batch_size=SEARCH_BLOCKS,
+            seq_len=length,
+            eval_samples=2 * SEARCH_BLOCKS,
+            seed=self.seed,
+        )
+        run = search.start(model, tokenizer, text, workdir=workdir / "search" if workdir else None, report=report)
+        keep_U, _ = search.choose(run)
+        return structure.kept_mask(units, structure.kept(run.units, keep_U))
+
     def start_mask(self, units: Units) -> Tensor | None:
         """What the checkpoint that `start` names has kept of the same model, [U] bool; None where it names none.
 
@@ -451,8 +496,8 @@ class ATP:
     def _floors(self, units: Units) -> selection.Floors:
         return selection.Floors.of(units, self.round_channels, self.round_pairs, self.round_values)
 
-    def _data(self, tokenizer: Any, examples: Examples) -> tuple[Data, dict[str, Any]]:
-        """Rows as tokens in three parts, batch size and steps."""
+    def _data(self, model: Any, units: Units, tokenizer: Any, examples: Examples) -> tuple[Data, dict[str, Any]]:
+        """Rows as tokens in three parts, text of the refit and the start, batch size and steps."""
         template = prompts.Template(tokenizer, self.template)
         rows = examples.train
         size = self._slice_size(len(rows))
@@ -466,11 +511,17 @@ class ATP:
         per_step = batch_size * self.accumulate * processes().num_processes
         steps = self.steps or max(math.ceil(self.epochs * len(train) / per_step), 500)
         parts = (train, validation) if self.shares_rows else (train, slice, validation)
-        read = [part.ids for part in parts]
-        fingerprint = hashlib.sha256(repr((read, steps, batch_size)).encode()).hexdigest()
+        texts = prompts.rows_as_text([rows[i] for i in rest], template)
+        text_NT = torch.empty(0, 0, dtype=torch.long)
+        scored = self.units == "groups+channels" and self.first_mask not in ("dense", "taylor")
+        if self.refits or (self.mask == "learned" and scored):
+            text_NT = refit_text(self, model, units, tokenizer, texts)
+        read = [*(part.ids for part in parts), text_NT.tolist()]
+        digest = hashlib.sha256(repr((read, steps, batch_size)).encode()).hexdigest()
         chosen_on = "validation" if len(validation) else "slice" if len(slice) and not self.shares_rows else "train"
         held_out = {"validation": validation, "slice": slice, "train": train}[chosen_on]
-        data = Data(train, slice, held_out, prompts.pad_id(tokenizer), self.loss_on, batch_size, steps, fingerprint)
+        pad = prompts.pad_id(tokenizer)
+        data = Data(train, slice, held_out, text_NT, None, pad, self.loss_on, batch_size, steps, digest)
         counts = {
             "rows": {"lora": len(train), "generator": len(slice), "validation": len(validation)},
             "rows_dropped": sum(part.dropped for part in parts),
@@ -478,7 +529,7 @@ class ATP:
             # The slice has chosen the mask, so its cross-entropy is optimistic, though LoRA never learned from it.
             "best_chosen_on": chosen_on,
         }
-        return data, counts
+        return data, texts, counts
 
     def _slice_size(self, num_rows: int) -> int:
         if self.shares_rows or (self.mask != "learned" and not self.slice_rows):

@@ -14,7 +14,6 @@ from sentei.structure import KINDS, Units
 from sentei.train import evaluating, mix
 
 EMBEDDING = 64
-START_MARGIN = 3.0  # of the logits of a given mask; P(keep) is then 1 - 1e-6 and 0.03
 BORDER = math.log(math.log(2))  # the logit, without the offset, at which P(keep) is 0.5
 START_SLOPE = 8.0  # of the logits from the worst unit of a kind to its best; Gumbel noise has a deviation of 1.3
 
@@ -123,16 +122,23 @@ def start_alike(score_U: Tensor, units: Units, sparsity: float, offset: float) -
     return logits_U + BORDER - offset
 
 
+def start_near(score_U: Tensor, keep_U: Tensor, units: Units, offset: float) -> Tensor:
+    """Logits with which every layer keeps as much of a kind as a mask does: first what it keeps, then by the scores."""
+    logits_U = torch.zeros(len(units))
+    for kind in units.granularity:
+        for layer in range(units.num_layers):
+            of = units.of(layer, kind)
+            kept_N = keep_U[of].float()
+            place_N = score_U[of].argsort(stable=True).argsort() + len(of) * kept_N
+            logits_U[of] = _by_rank(place_N, float((1 - kept_N).mean()) if len(of) else 0.0)
+    return logits_U + BORDER - offset
+
+
 def _by_rank(score_N: Tensor, share: float) -> Tensor:
     """Evenly spaced logits, the higher scores higher, with a part of `share` below 0, [N]."""
     place_N = torch.empty(len(score_N))
     place_N[score_N.argsort(stable=True)] = (torch.arange(len(score_N)) + 0.5) / max(1, len(score_N))
     return START_SLOPE * (place_N - share)
-
-
-def start_near(keep_U: Tensor, offset: float) -> Tensor:
-    """Logits with which what a mask keeps is kept surely, and what it drops is dropped nearly so."""
-    return torch.where(keep_U, START_MARGIN, -START_MARGIN) + BORDER - offset
 
 
 def budget_loss(kept: Tensor, wanted: float) -> Tensor:

@@ -6,7 +6,7 @@ of the same rows, and leaves LoRA the rest. Dropped rows of the adapters must be
 
 from __future__ import annotations
 
-from itertools import chain, islice
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sentei import structure
+from sentei import data, structure
 from sentei.atomic import replacing
-from sentei.data.prompts import Encoded
 from sentei.importance import refit, refit_tokens
 from sentei.methods.atp.ranks import shared
 from sentei.methods.atp.wiring import MaskBook
@@ -31,29 +30,31 @@ TOKENS = 16384
 FILE = "refit.safetensors"  # in the work folder: the checkpoints of a run hold no weights of the base
 
 
-def check_tokens(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> None:
-    """Raises ValueError where the training rows are too few for the widest linear; before anything is trained."""
-    needed, given = refit_tokens(model, units), blocks(method, model, units, rows).numel()
-    if given < needed:
+def refit_text(method: ATP, model: nn.Module, units: Units, tokenizer: Any, texts: list[str]) -> Tensor:
+    """Training rows drawn at random, whole: the refit learns more of what `seq_len` cuts off than of prompts alike.
+
+    Returns:
+        [N, T] blocks of at most `seq_len` tokens.
+    Raises:
+        ValueError: a refit is asked for, and the rows are too few for the widest linear.
+    """
+    needed = refit_tokens(model, units)
+    count = method.refit_tokens or max(TOKENS, needed)
+    length = min(method.seq_len, count)
+    found_NT = data.blocks(texts, tokenizer, length, most=math.ceil(count / length), seed=method.seed)
+    if method.refits and found_NT.numel() < needed:
         raise ValueError(
             f"compensate=least-squares needs at least {needed:,} tokens for linears of width {needed // 2}; the "
-            f"training rows give {given:,}: add rows, raise refit_tokens, or use compensate=none"
+            f"training rows give {found_NT.numel():,}: add rows, raise refit_tokens, or use compensate=none"
         )
-
-
-def blocks(method: ATP, model: nn.Module, units: Units, rows: Encoded) -> Tensor:
-    """The first training rows one after the other, cut into [N, T] blocks of at most `seq_len` tokens."""
-    count = method.refit_tokens or max(TOKENS, refit_tokens(model, units))
-    flat = torch.tensor([*islice(chain.from_iterable(rows.ids), count)])
-    length = min(method.seq_len, len(flat))
-    return flat[: len(flat) // length * length].view(-1, length)
+    return found_NT
 
 
 class Refit:
     """New weights and biases where dropped units are read; the old ones are kept until the run is over."""
 
-    def __init__(self, method: ATP, model: Any, units: Units, book: MaskBook, rows: Encoded, workdir: Path | None):
-        self.method, self.model, self.units, self.book, self.rows = method, model, units, book, rows
+    def __init__(self, method: ATP, model: Any, units: Units, book: MaskBook, text_NT: Tensor, workdir: Path | None):
+        self.method, self.model, self.units, self.book, self.text_NT = method, model, units, book, text_NT
         self.file = workdir / FILE if workdir else None
         self._old: dict[str, tuple[nn.Linear, Tensor, nn.Parameter | None]] = {}
 
@@ -64,7 +65,7 @@ class Refit:
                 self.model,
                 self.units,
                 keep_U,
-                blocks(self.method, self.model, self.units, self.rows),
+                self.text_NT,
                 correction=self.method.correction,
                 with_bias=self.method.shape == "heterogeneous",  # plain architectures have no place for it
             )

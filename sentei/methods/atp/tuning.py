@@ -25,7 +25,7 @@ from sentei.methods import Progress
 from sentei.methods import settings as settings_of
 from sentei.methods.atp import generator as decisions
 from sentei.methods.atp import gradients, health, ranks, selection
-from sentei.methods.atp.refit import Refit, blocks
+from sentei.methods.atp.refit import Refit
 from sentei.methods.atp.wiring import Adapters, MaskBook, Teacher, with_adapter
 from sentei.step_log import StepLog
 from sentei.structure import KINDS, Units
@@ -55,11 +55,17 @@ SHRINK_MARGIN = 2.0  # the ramp can take away so many times the largest dropped 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as tokens: LoRA learns on `train`, the generator on `slice`; `held` chooses the best weights at the end."""
+    """Rows as tokens: LoRA learns on `train`, the generator on `slice`; `held` chooses the best weights at the end.
+
+    `text_NT` are blocks of the rows of `train`, for the refit and the scores of the start; `near_U` is a mask that the
+    generator begins near to, if there is one.
+    """
 
     train: prompts.Encoded
     slice: prompts.Encoded
     held: prompts.Encoded
+    text_NT: Tensor
+    near_U: Tensor | None
     pad: int
     loss_on: str
     batch_size: int
@@ -136,7 +142,7 @@ class Tuning:
         }
         self._mask_of: tuple[Tensor | None, Tensor | None] = (None, None)
         self._loaded = True
-        self.refit = Refit(method, model, units, book, data.train, workdir)
+        self.refit = Refit(method, model, units, book, data.text_NT, workdir)
         self.log = StepLog(method.log if self.processes.is_main_process else None)
         # Mode "beta" pulls dropped rows down all along and sets them to zero at the very end.
         self._live = method.zeroing == "beta" and self.control_steps > 0
@@ -211,13 +217,19 @@ class Tuning:
     def _start(self) -> None:
         """The generator's first logits."""
         method, units = self.method, self.units
-        if method.first_mask == "taylor":
-            self.generator.start_U = decisions.start_logits(self._taylor(), units, method.sparsity, method.offset)
-        elif method.first_mask == "flap":
+        if method.first_mask == "dense":
+            return
+        if method.first_mask == "taylor" or method.units != "groups+channels":
+            score_U = self._taylor()
+        else:
             score_U = ranks.shared(flap(self.model, units, self._seen).float())
-            self.generator.start_U = decisions.start_alike(score_U, units, method.sparsity, method.offset)
-        elif (keep_U := method.start_mask(units)) is not None:
-            self.generator.start_U = decisions.start_near(keep_U, method.offset)
+        if (near_U := self.data.near_U) is not None:
+            first_U = decisions.start_near(score_U, near_U, units, method.offset)
+        else:
+            start = decisions.start_logits if method.first_mask == "taylor" else decisions.start_alike
+            first_U = start(score_U, units, method.sparsity, method.offset)
+        # The network's first output is chance, and as large as a fourteenth of all ranks.
+        self.generator.start_U = first_U - self.generator.logits()
 
     def _lead(self) -> None:
         """All steps of the generator, and the freeze, while LoRA waits; counted up to 0, where LoRA begins."""
@@ -554,10 +566,9 @@ class Tuning:
 
     @cached_property
     def _seen(self) -> dict[tuple[int, str], Moments]:
-        """What the untuned dense model's reading linears take in, on the rows of the refit."""
-        text_NT = blocks(self.method, self.model, self.units, self.data.train)
+        """What the untuned dense model's reading linears take in, on the text of the refit."""
         with evaluating(self.model), with_adapter(self.model, None), self.book.using("off"):
-            return moments(self.model, text_NT, self.units.granularity)
+            return moments(self.model, self.data.text_NT, self.units.granularity)
 
     @cached_property
     def _fill(self) -> Fill:

@@ -17,7 +17,8 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from sentei.importance import Replay, SecondMoments, Tick
+from sentei import structure
+from sentei.importance import Replay, SecondMoments, Tick, takes_correction
 from sentei.methods.prune_once import pattern as patterns
 from sentei.methods.prune_once.lock import Matrices
 
@@ -79,8 +80,16 @@ def _in_order(replay: Replay, number: int, linears: dict[str, nn.Linear]) -> lis
 
 
 def _watch(ours: Replay, theirs: Replay, number: int, linears: dict[str, nn.Linear]) -> dict[str, SecondMoments]:
-    """Moments of what the linears read, and of how far their outputs are from the teacher's."""
+    """Moments of what the linears read, and of how far their outputs are from the teacher's.
+
+    Where an output is added to a stream that a norm divides by its length, a token counts by what that makes of it, as
+    in `importance.refit`: else a decoder's first token, a hundred times as long as all others, has the fit to itself.
+    """
     seen: dict[str, SecondMoments] = {}
+    layer, row = ours.layers[number], ours.row
+    added = {id(structure.reader(layer, row, kind)): kind for kind in ("heads", "channels")}
+    added = added if takes_correction(row) else {}
+    stream: dict[str, Tensor] = {}  # kind -> [T, H] what the teacher's sub-layer adds to, of the batch under way
     now: dict[str, tuple[Tensor, Tensor]] = {}  # path -> (input, output), each [T, ...], of the batch under way
     wanted: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -96,9 +105,13 @@ def _watch(ours: Replay, theirs: Replay, number: int, linears: dict[str, nn.Line
             taught = theirs.layers[number].get_submodule(path)
             stack.callback(linear.register_forward_hook(keep(now, path)).remove)
             stack.callback(taught.register_forward_hook(keep(wanted, path)).remove)
-        for _ in zip(ours.run(number), theirs.run(number), strict=True):
-            for path in linears:
-                seen[path](now[path][0])
+        for _ in zip(ours.run(number), theirs.run(number, stream if added else None), strict=True):
+            for path, linear in linears.items():
+                weight_T1: Tensor | float = 1.0
+                if (kind := added.get(id(linear))) is not None:
+                    after_TH = (stream[kind] + wanted[path][1]).float()
+                    weight_T1 = after_TH.square().mean(1, keepdim=True).clamp_min(1e-12).reciprocal()
+                seen[path](now[path][0], weight_T1)
     return seen
 
 
