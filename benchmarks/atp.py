@@ -10,8 +10,8 @@
     taylor, wanda, policy-gradient    pruned first, then LoRA of the same rank on the same tokens
     fixed-mask        ATP's own LoRA with a Taylor mask, cut from step 0: what is left without learning the mask
     random-mask       the same with random units
-    atp-ours          the method as it is by default: the mask is sought that keeps nearest to the dense model, from a
-                      start by FLAP scores; least squares at the freeze, then LoRA on all rows
+    atp-ours          the method as it is by default: from what policy gradient's search keeps the mask is sought that
+                      is nearest to the dense model; least squares at the freeze, then LoRA on all rows
     atp-kl            LoRA learns on the dense model while that mask is sought, from a start by Taylor scores
     atp, atp-healed   in the paper's form, as all that follow; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
@@ -197,9 +197,9 @@ def make(
     }.get(name, {"mask": "none"})
     if name != "dense":
         record = replace(method, **variant).compress(small, tokenizer, examples, report=say if args.verbose else None)
-        kept = ("steps", "lora_tokens", "slice_tokens", "generator_seconds", "tuning_seconds", "freeze", "zeroing",
-                "cut_against_masked", "cut_against_masked_absolute", "removed_of_prunable", "validation_loss",
-                "best_step", "heal", "warnings", "history")  # fmt: skip
+        kept = ("steps", "lora_tokens", "slice_tokens", "search_seconds", "generator_seconds", "tuning_seconds",
+                "freeze", "zeroing", "cut_against_masked", "cut_against_masked_absolute", "removed_of_prunable",
+                "validation_loss", "best_step", "heal", "warnings", "history")  # fmt: skip
         found |= {key: record[key] for key in kept if key in record}
     found["seconds"] = time.monotonic() - started
     total, layers = structure.total_parameters(model), structure.layer_parameters(model)

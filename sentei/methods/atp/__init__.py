@@ -11,8 +11,9 @@ penalty empties the LoRA rows of what is to go, and the cut at the end takes awa
       minimise CE(slice) + alpha log(max(r, p) / min(r, p)), r kept and p wanted        `Tuning._decide`
    b. draw a hard mask; LoRA: base masked, LoRA free; minimise CE + beta R_GL, R_GL the
       group lasso over LoRA rows of dropped units                                       `Tuning._lora_loss`
-   In ours, the default, all steps of a come first, from a start near the budget, on the
-   rows of LoRA, with KL(dense || masked) in place of CE and means for what is masked   `Tuning._lead`
+   In ours, the default, all steps of a come first, from what policy gradient's search
+   of the layers' widths keeps, on the rows of LoRA, with KL(dense || masked) in place
+   of CE and means for what is masked                                                   `_near`, `Tuning._lead`
 4. Freeze: the units with the highest logits, exactly within the budget; ours: a
    least-squares refit of what reads them                                               `selection.top_k`, `Refit`
 5. Frozen phase: LoRA rows of dropped units to exact zeros (gradually where they have   `Tuning._frozen`
