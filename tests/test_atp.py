@@ -394,6 +394,12 @@ def test_a_start_near_the_budget_needs_fewer_steps():
     assert "40 control steps are few; give more" in alarms_of(met, 40, False)[0]
 
 
+def test_a_start_near_the_budget_holds_it_less_closely():
+    swings = [0.0] * 10 + [0.02] * 90
+    assert alarms_of(swings, from_dense=False) == [] and "not held" in alarms_of(swings)[0]
+    assert "not held" in alarms_of([0.0] * 10 + [0.04] * 90, from_dense=False)[0]
+
+
 def test_a_start_by_scores_leaves_more_undecided():
     met = [0.0] * 10
     assert alarms_of(met, undecided=0.3, from_dense=False) == [] and "undecided" in alarms_of(met, undecided=0.3)[0]
