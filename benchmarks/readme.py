@@ -72,6 +72,7 @@ def main() -> None:
             "fold-smollm2": depth,
             "fold-gemma-3-270m": depth,
             "prune-once-minilm-all-rows": sparse,
+            "prune-once-minilm-long": sparse,
             "prune-once-minilm-layers": sparse,
             "prune-once-minilm": sparse,
             "prune-once-minilm-head": sparse,

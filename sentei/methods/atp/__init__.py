@@ -50,11 +50,11 @@ from sentei.data import Text, blocks, fingerprint, prompts
 from sentei.data.examples import Examples
 from sentei.data.examples import load as load_rows
 from sentei.methods import Progress, option, with_preset
+from sentei.methods import load as load_method
 from sentei.methods.atp import selection, wiring
 from sentei.methods.atp.healing import heal
 from sentei.methods.atp.refit import TOKENS, refit_text
 from sentei.methods.atp.tuning import LEAD, Data, Tuning
-from sentei.methods.policy_gradient import PolicyGradient
 from sentei.structure import Units
 from sentei.train import processes, resolve_precision
 
@@ -445,7 +445,7 @@ class ATP:
         length, cut = min(self.seq_len, SEARCH_LENGTH), max(1, len(texts) // 10)
         text = Text(texts[cut:], texts[:cut], [], "rows", fingerprint(texts))
         wanted = math.ceil((self.refit_tokens or TOKENS) / length)
-        search = PolicyGradient(
+        search = load_method("policy_gradient")(
             sparsity=self.sparsity * units.total / units.layer_parameters,
             compensate="mean" if self.refits else "none",
             round_to=self.round_channels,
