@@ -397,6 +397,16 @@ def test_plan_says_what_will_happen_and_writes_nothing(parent, tmp_path, capsys)
     assert files(tmp_path) == before
 
 
+def test_plan_of_a_method_that_reads_rows(parent, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"say {i}", "response": f"{i} {i} {i}"}) + "\n" for i in range(90)))
+    words = ["plan", str(parent), "--method", "atp", "--sparsity", "0.25", "--seq-len", "32", "--data", str(rows)]
+    assert cli.main([*words, "--round-channels", "4", "--batch-size", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "12 heads, 160 channels" in shown and "learned, from slopes, then a refit" in shown
+    assert "forward of 4 x 32 tokens" in shown and "needs none" not in shown
+
+
 def test_progress_without_a_terminal_is_lines(capsys, monkeypatch):
     monkeypatch.setattr("sentei.cli.show.SECONDS_BETWEEN_LINES", 0.0)
     with cli.Progress() as progress:

@@ -191,7 +191,7 @@ def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, 
         forwards += _TRAINING_STEP * values["steps"] * values.get("accumulate", 1)
     forwards += _TRAINING_STEP * (values.get("heal_steps") or 0) * values.get("accumulate", 1)
     if not forwards + searched:
-        return "; the method needs none" if method.structural else ""
+        return "; the method needs none" if "calibration_samples" in values else ""
     minutes = (forwards * forward + searched * step) / 60
     return f"; {forwards + searched:,.0f} of them: about {minutes:.1f} minutes"
 

@@ -224,6 +224,12 @@ class ATP:
     def remove(self, model: nn.Module, units: Units, keep_U: Tensor) -> None:
         wiring.remove(model, units, keep_U)
 
+    def forecast(self, model: nn.Module) -> dict[str, str]:
+        """What a dry run should say beside sizes and time: where the masks begin."""
+        if self.mask != "learned":
+            return {"mask": self.mask}
+        return {"mask": f"learned, from {self.first_mask}" + (", then a refit" if self.refits else "")}
+
     def select(self, score_U: Tensor, units: Units, scope: str = "global") -> Tensor:
         """The final choice, for any scores; refuses a budget that the floors do not allow."""
         if self.mask == "none":
