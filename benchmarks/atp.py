@@ -12,6 +12,7 @@
     random-mask       the same with random units
     atp-ours          the method as it is by default: from what policy gradient's search keeps the mask is sought that
                       is nearest to the dense model; least squares at the freeze, then LoRA on all rows
+    atp-flap          the same from FLAP scores, every layer alike, with half of the steps for the mask
     atp-kl            LoRA learns on the dense model while that mask is sought, from a start by Taylor scores
     atp, atp-healed   in the paper's form, as all that follow; healed: distilled from a dense-LoRA model at the end
     atp-near          its masks start near the budget, by Taylor scores, and not dense
@@ -65,7 +66,7 @@ from sentei.train import resolve_precision
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
 METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-ours")
 MORE = (
-    "atp-kl", "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:],
+    "atp-flap", "atp-kl", "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:],
     "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
@@ -186,6 +187,7 @@ def make(
         "atp": paper,
         "atp-healed": paper | {"heal_steps": args.heal_steps},
         "atp-ours": {},
+        "atp-flap": {"start": "flap", "control_fraction": 0.5},
         "atp-kl": {"start": "taylor", "lora_on": "dense", "control_fraction": 0.25},
         "atp-near": paper | {"start": "taylor"},
         "atp-searched": refitted | {"start": str(searched), "control_fraction": 0.25},
