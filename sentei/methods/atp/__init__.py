@@ -503,8 +503,10 @@ class ATP:
     def _floors(self, units: Units) -> selection.Floors:
         return selection.Floors.of(units, self.round_channels, self.round_pairs, self.round_values)
 
-    def _data(self, model: Any, units: Units, tokenizer: Any, examples: Examples) -> tuple[Data, dict[str, Any]]:
-        """Rows as tokens in three parts, text of the refit and the start, batch size and steps."""
+    def _data(
+        self, model: Any, units: Units, tokenizer: Any, examples: Examples
+    ) -> tuple[Data, list[str], dict[str, Any]]:
+        """Rows as tokens in three parts, blocks for the refit and scores, batch size and steps; LoRA's rows as text."""
         template = prompts.Template(tokenizer, self.template)
         rows = examples.train
         size = self._slice_size(len(rows))
