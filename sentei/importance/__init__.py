@@ -21,6 +21,7 @@ from sentei.importance.compensation import (
     mean_fill,
     refit,
     refit_tokens,
+    relative_weight,
     takes_correction,
 )
 from sentei.importance.replay import Moments, Replay, Tick, moments
@@ -47,6 +48,7 @@ __all__ = [
     "moments",
     "refit",
     "refit_tokens",
+    "relative_weight",
     "standardised",
     "takes_correction",
     "taylor",

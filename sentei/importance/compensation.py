@@ -22,6 +22,11 @@ def takes_correction(row: Family) -> bool:
     return len(row.mlp_norms) == 1
 
 
+def relative_weight(stream_TH: Tensor) -> Tensor:
+    """[T, 1] by which a token's squared error counts in units of its residual stream, as the next norm takes it."""
+    return stream_TH.float().square().mean(1, keepdim=True).clamp_min(1e-12).reciprocal()
+
+
 def mean_fill(seen: dict[tuple[int, str], Moments]) -> masks.Fill:
     """(layer, kind) -> mean activation of each input column, from `moments` of the dense model: for masked forwards."""
     return {key: of.mean_W.float() for key, of in seen.items()}
@@ -214,8 +219,7 @@ class _Reading:
         self.given_TH = x_TW[:, self.dropped_D].float() @ self.linear.weight[:, self.dropped_D].float().T
         weight_T1: Tensor | float = 1.0
         if self.stream is not None:
-            after_TH = (self.stream() + F.linear(x_TW, self.linear.weight, self.linear.bias)).float()
-            weight_T1 = after_TH.square().mean(1, keepdim=True).clamp_min(1e-12).reciprocal()
+            weight_T1 = relative_weight(self.stream() + F.linear(x_TW, self.linear.weight, self.linear.bias))
         self.seen(x_TW[:, self.kept_K], weight_T1)
 
     def _missing(self, of: slice) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sentei import structure
-from sentei.importance import Replay, SecondMoments, Tick, takes_correction
+from sentei.importance import Replay, SecondMoments, Tick, relative_weight, takes_correction
 from sentei.methods.prune_once import pattern as patterns
 from sentei.methods.prune_once.lock import Matrices
 
@@ -109,8 +109,7 @@ def _watch(ours: Replay, theirs: Replay, number: int, linears: dict[str, nn.Line
             for path, linear in linears.items():
                 weight_T1: Tensor | float = 1.0
                 if (kind := added.get(id(linear))) is not None:
-                    after_TH = (stream[kind] + wanted[path][1]).float()
-                    weight_T1 = after_TH.square().mean(1, keepdim=True).clamp_min(1e-12).reciprocal()
+                    weight_T1 = relative_weight(stream[kind] + wanted[path][1])
                 seen[path](now[path][0], weight_T1)
     return seen
 
