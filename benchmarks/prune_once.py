@@ -269,8 +269,9 @@ def shared(args: argparse.Namespace, kind: str, sparsity: float) -> Path:
     if kind.startswith("layers alone"):
         fields |= layers_alone(args)
     if kind == "layers alone, pairs too":
-        times = args.task_seq_len / args.hidden_seq_len  # as long as a task's, as many tokens
-        fields |= {"pairs": 0.5, "seq_len": args.task_seq_len, "batch_size": round(args.hidden_batch_size / times)}
+        length = max(args.task_seq_len, args.hidden_seq_len)  # not shorter than a task's, as many tokens
+        batch = round(args.hidden_batch_size * args.hidden_seq_len / length)
+        fields |= {"pairs": 0.5, "seq_len": length, "batch_size": batch}
     if kind == "fitted alone":
         fields |= {"steps": 1, "lr": 1e-12}
         if not args.teacher_steps:  # no head to train

@@ -419,6 +419,18 @@ def test_variants(fields, words, examples):
         assert "misses_budget_by" in record["freeze"]
 
 
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_nearness_to_the_dense_model_is_on_all_tokens_of_a_row(loss, words, examples):
+    """`loss_on` is what LoRA learns; a generator that lowers the same loss keeps to it."""
+    read = {}
+    for loss_on in ("full", "response"):
+        fields = {"steps": 2, "control_fraction": 0.5, "eval_every": None, "generator_loss": loss, "loss_on": loss_on}
+        read[loss_on] = short(**fields).compress(toy(), words, examples)
+    full, response = read["full"], read["response"]
+    assert response["lora_tokens"] < full["lora_tokens"]
+    assert (response["slice_tokens"] == full["slice_tokens"]) == (loss == "kl")
+
+
 def test_another_cut_than_the_masks_is_refused(words, examples, monkeypatch):
     def other(self, model, units, keep_U):
         of = units.of(0, "channels")

@@ -106,7 +106,7 @@ class ATP:
     accumulate: int = option(1, "micro-batches per optimiser step", OURS)
     seq_len: int = option(512, "tokens per row; prompts are cut to fit, responses never", OURS)
     template: str = option("plain", "plain, or chat: the tokenizer's own chat template", OURS)
-    loss_on: str = option("full", "full: prompt and response; response: the response alone", CODE)
+    loss_on: str = option("full", "tokens that LoRA learns: full, of prompt and response, or response alone", CODE)
     lora_rank: int = option(8, "rank r of the adapters", CODE)
     lora_alpha: int | None = option(None, "the adapters' product is scaled by alpha / r; none: r", CODE)
     lora_dropout: float = option(0.1, "on the adapters' input", CODE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,10 +118,12 @@ class Tuning:
             groups, lr=method.generator_lr, weight_decay=method.generator_weight_decay
         )
         self.guide: Distillation | None = None
+        read = data
         if method.generator_loss == "kl":
             adapter = "default" if method.lora_on == "dense" else None
             self.guide = Distillation(Teacher(model, book, adapter), ce_weight=0.0)
-        self.slice_batches = data.batches(data.slice, mix(method.seed, "slice")) if learned else None
+            read = replace(data, loss_on="full")  # near to the dense model on every token; loss_on is what LoRA learns
+        self.slice_batches = read.batches(data.slice, mix(method.seed, "slice")) if learned else None
         self.state: dict[str, Any] = {
             "phase": "control" if self.control_steps or self.lead_steps else "frozen",
             "keep": torch.ones(len(units), dtype=torch.bool),
