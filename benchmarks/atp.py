@@ -398,12 +398,13 @@ def markdown(table: dict[str, Any]) -> str:
     most = [f"{name} {base:.3f}" for name in names if (base := majority(name, first, data["answers"]))]
     words = [f"chance {', '.join(told)}"] if told else ["ROUGE of greedy answers"]
     words += [f"commonest answer {', '.join(most)}"] if most else []
+    learned = {"full": "all of them", "response": "the response"}[settings["loss_on"]]
     head = [
         f"{table['model']['name']}, {table['dtype']}, {table['machine']}. {data['name']}: {data['train']} training "
         f"rows, {data['test']} test rows, {'; '.join(words)}; {settings['steps']} LoRA steps of "
-        f"{settings['batch_size']} rows of at most {settings['seq_len']} tokens. Recovered: percent of dense LoRA's "
-        "scores, of their part above chance, and above the commonest answer. Perplexity: of responses; domain "
-        "perplexity: of prompts and responses.",
+        f"{settings['batch_size']} rows of at most {settings['seq_len']} tokens, loss on {learned}. "
+        "Recovered: percent of dense LoRA's scores, of their part above chance, and above the commonest answer. "
+        "Perplexity: of responses; domain perplexity: of prompts and responses.",
         "",
         "| removed of prunable / model | method | params M | "
         + " | ".join(names)

@@ -48,6 +48,7 @@ def main() -> None:
             "prune-once-minilm-layers": best_sparse,
             "prune-once-smollm2": best_sparse,
             "atp-legalbench-refitted": best_domain,
+            "atp-legalbench-response": best_domain,
             "atp-chatdoctor": best_domain,
             "atp-gemma-3-270m": best_domain,
             "atp-legalbench": best_domain,
@@ -73,6 +74,7 @@ def main() -> None:
             "fold-gemma-3-270m": depth,
             "prune-once-minilm-all-rows": sparse,
             "prune-once-minilm-long": sparse,
+            "prune-once-minilm-longer": sparse,
             "prune-once-minilm-layers": sparse,
             "prune-once-minilm": sparse,
             "prune-once-minilm-head": sparse,
@@ -80,6 +82,7 @@ def main() -> None:
             "prune-once-smollm2": sparse,
             "prune-once-speed": speed.markdown,
             "atp-legalbench-refitted": domain,
+            "atp-legalbench-response": domain,
             "atp-chatdoctor": domain,
             "atp-gemma-3-270m": domain,
             "atp-legalbench": domain,
@@ -218,7 +221,7 @@ def best_domain(table: dict[str, Any]) -> str:
     title = (
         f"**Tuned and cut for a domain**, {table['model']['name']}, {table['data']['name']}: {table['data']['test']} "
         f"test rows; {how['steps']} LoRA steps each, of the same rank on the same rows, searched for and refitted on "
-        f"{how['calibration'] * how['seq_len']:,} tokens:"
+        f"{how['calibration'] * how['seq_len']:,} tokens{', loss on the response' * (how['loss_on'] == 'response')}:"
     )
     lines = []
     made = dict.fromkeys((row["sparsity"], row["method"]) for row in rows)
