@@ -91,7 +91,7 @@ def test_markdown(table):
             "rows": rows,
             "model": {"name": "m", "parameters": 1},
             "data": {"name": "d", "train": 5, "test": 1000, "answers": [552, 338, 110]},
-            "settings": {"steps": 3, "batch_size": 1, "seq_len": 8},
+            "settings": {"steps": 3, "batch_size": 1, "seq_len": 8, "loss_on": "full"},
             "dtype": "float32",
             "machine": "one",
             "overhead": {"steps": 4, "rounds": overhead},
