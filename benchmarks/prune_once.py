@@ -369,7 +369,8 @@ def markdown(table: dict[str, Any]) -> str:
     trained = {"all": "all weights", "head": "the head alone"}[how.get("teacher_train", "all")]
     steps = f"stage A trains {trained}, {how['teacher_steps']} steps, stage B has {how['steps']}"
     if not how["teacher_steps"]:
-        steps = f"no stage A, stage B has {how['hidden_steps']} steps on the layers alone"
+        batch = f"{how['hidden_batch_size']} x {how['hidden_seq_len']}"
+        steps = f"no stage A, stage B has {how['hidden_steps']} steps of {batch} tokens on the layers alone"
     lines = [
         f"{table['model']}; {table['machine']}; {steps}; up to {how['limit']} training rows; test rows, mean ± "
         "standard deviation over seeds",
