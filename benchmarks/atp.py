@@ -137,8 +137,9 @@ def answers(rows: list[prompts.Row]) -> list[int] | None:
 def method_of(args: argparse.Namespace, sparsity: float, seed: int) -> ATP:
     return ATP(
         sparsity=sparsity, steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, template=args.template,
-        loss_on=args.loss_on, seed=seed, patience=0, lr=args.lr, lora_rank=args.rank, eval_rows=args.eval_rows,
-        slice_rows=args.slice_rows, control_every=args.control_every, refit_tokens=args.calibration * args.seq_len,
+        loss_on=args.loss_on, prompt_loss_weight=args.prompt_loss_weight or 0.0, seed=seed, patience=0, lr=args.lr,
+        lora_rank=args.rank, eval_rows=args.eval_rows, slice_rows=args.slice_rows, control_every=args.control_every,
+        refit_tokens=args.calibration * args.seq_len,
     )  # fmt: skip
 
 
@@ -399,6 +400,8 @@ def markdown(table: dict[str, Any]) -> str:
     words = [f"chance {', '.join(told)}"] if told else ["ROUGE of greedy answers"]
     words += [f"commonest answer {', '.join(most)}"] if most else []
     learned = {"full": "all of them", "response": "the response"}[settings["loss_on"]]
+    if weight := settings.get("prompt_loss_weight"):
+        learned += f", a token of the prompt counts {weight:g}"
     head = [
         f"{table['model']['name']}, {table['dtype']}, {table['machine']}. {data['name']}: {data['train']} training "
         f"rows, {data['test']} test rows, {'; '.join(words)}; {settings['steps']} LoRA steps of "
@@ -467,6 +470,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--template", default="plain")
     parser.add_argument("--loss-on", default="full")
+    parser.add_argument("--prompt-loss-weight", type=float, help="of a token, with --loss-on response")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--generator-lr", type=float, default=1e-3, help="of the paper's form")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sentei import structure
-from sentei.train import IGNORE, Batch, LossFunction, autocast, evaluating
+from sentei.train import IGNORE, Batch, LossFunction, autocast, evaluating, mass
 
 Pairs = tuple[tuple[int, int], ...]
 """(layer of the student, layer of the teacher) whose outputs should agree."""
@@ -153,6 +153,8 @@ def _logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Te
 class Distillation:
     """ce_weight * cross-entropy + kl_weight * t^2 KL(teacher || student), means over a batch's targets.
 
+    The cross-entropy's mean is weighted where the batch has weights.
+
     A loss function for `sentei.train.train`: call it with the student and a batch; it returns "loss", "ce" and, with a
     teacher, "kl". The teacher sees the same inputs, in inference mode; give it in eval mode.
 
@@ -177,7 +179,8 @@ class Distillation:
         """The losses, and what student and teacher (or None) gave besides, for losses of a second head."""
         targets = batch["targets"]
         wanted = targets != IGNORE
-        inputs = {name: x for name, x in batch.items() if name != "targets"}
+        inputs = {name: x for name, x in batch.items() if name not in ("targets", "weights")}
+        weights = batch.get("weights", wanted).masked_fill(~wanted, 0)
         if self.positions == "all" and self.teacher is not None:
             wanted = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(wanted)
         student_head = head(student)
@@ -200,6 +203,7 @@ class Distillation:
             teacher_NH,
             teacher_head,
             targets[wanted].to(device),
+            weights[wanted].to(device),
             self,
             differentiate,
             *parameters,
@@ -304,17 +308,17 @@ def held_out(
 ) -> dict[str, float]:
     """Means over the targets of held-out batches of what a loss gives; without one "ce" alone, nats."""
     sums: dict[str, float] = {}
-    count = 0
+    count = 0.0
     device = next(model.parameters()).device
     with evaluating(model):
         for batch in batches:
-            targets = int((batch["targets"] != IGNORE).sum())
+            part = mass(batch)
             with autocast(precision, device):
                 parts = (loss or Distillation())(model, {name: x.to(device) for name, x in batch.items()})
             for name in parts:
-                sums[name] = sums.get(name, 0.0) + float(parts[name]) * targets
-            count += targets
-    return {name: total / max(count, 1) for name, total in sums.items()}
+                sums[name] = sums.get(name, 0.0) + float(parts[name]) * part
+            count += part
+    return {name: total / (count or 1.0) for name, total in sums.items()}
 
 
 def hidden(model: nn.Module, inputs: Batch) -> tuple[Tensor, Any]:
@@ -355,32 +359,34 @@ class _HeadLoss(torch.autograd.Function):
         teacher_NH: Tensor | None,
         teacher: Head | None,
         targets_N: Tensor,
-        weights: Distillation,
+        weights_N: Tensor,
+        how: Distillation,
         differentiate: bool,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = max(1, len(targets_N))
         # The others have a KL only. All is divided by `count` at the end; 1 where every position is asked.
-        ce_share = count / max(1, int((targets_N != IGNORE).sum()))
+        ce_share = count / (float(weights_N.sum()) or 1.0)
         ce = torch.zeros((), device=hidden_NH.device)
         divergence = torch.zeros((), device=hidden_NH.device)
         grad_NH = torch.zeros_like(hidden_NH) if differentiate else None
         grads = [torch.zeros_like(p) for p in parameters] if differentiate else []
-        t, kl_weight = weights.temperature, weights.kl_weight
-        for start in range(0, len(targets_N), weights.chunk):
-            rows = slice(start, start + weights.chunk)
+        t, kl_weight = how.temperature, how.kl_weight
+        for start in range(0, len(targets_N), how.chunk):
+            rows = slice(start, start + how.chunk)
             hidden_nH = hidden_NH[rows].detach().requires_grad_(differentiate)
             with torch.enable_grad() if differentiate else contextlib.nullcontext():
                 logits_nV = student(hidden_nH)
             if teacher is None and grad_NH is None:
-                for piece_nV, target_n in zip(logits_nV.split(PIECE), targets_N[rows].split(PIECE), strict=True):
-                    ce += _surprise_(_below_zero_(piece_nV.float()), target_n)[0] * ce_share
+                pieces = (of.split(PIECE) for of in (logits_nV, targets_N[rows], weights_N[rows]))
+                for piece_nV, target_n, weight_n in zip(*pieces, strict=True):
+                    ce += _surprise_(_below_zero_(piece_nV.float()), target_n, weight_n)[0] * ce_share
                 continue
             z_nV = _below_zero_(logits_nV.detach().float())
             softened_nV = z_nV / t if teacher is not None else None
-            surprise, asked_n1, target_n1, total_n1 = _surprise_(z_nV, targets_N[rows])
+            surprise, weight_n1, target_n1, total_n1 = _surprise_(z_nV, targets_N[rows], weights_N[rows])
             ce += surprise * ce_share
-            weight_n1 = asked_n1 * (weights.ce_weight * ce_share / count)
+            weight_n1 = weight_n1 * (how.ce_weight * ce_share / count)
             slope_nV = z_nV.mul_(weight_n1 / total_n1).scatter_add_(1, target_n1, -weight_n1.to(z_nV.dtype))
             if teacher is not None:
                 assert teacher_NH is not None and softened_nV is not None
@@ -400,23 +406,23 @@ class _HeadLoss(torch.autograd.Function):
                     total += new
         ctx.save_for_backward(*([grad_NH, *grads] if grad_NH is not None else []))
         ce, divergence = ce / count, divergence / count
-        loss = weights.ce_weight * ce + (kl_weight * divergence if teacher is not None else 0.0)
+        loss = how.ce_weight * ce + (kl_weight * divergence if teacher is not None else 0.0)
         ctx.mark_non_differentiable(ce, divergence)
         return loss, ce, divergence
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_NH, *grads = (grad * outputs[0] for grad in ctx.saved_tensors)
-        return grad_NH, None, None, None, None, None, None, *grads
+        return grad_NH, None, None, None, None, None, None, None, *grads
 
 
-def _surprise_(z_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cross-entropies of what is asked, summed; where that is; the targets; the sums of exp(z), which z becomes."""
-    asked_n1 = (target_n != IGNORE)[:, None]
-    target_n1 = torch.where(asked_n1, target_n[:, None], 0)
+def _surprise_(z_nV: Tensor, target_n: Tensor, weight_n: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weighted sum of the cross-entropies; the weights; the targets; the sums of exp(z), which z becomes."""
+    weight_n1 = weight_n[:, None]
+    target_n1 = target_n[:, None].clamp_min(0)  # one that is not asked has no weight
     picked_n1 = z_nV.gather(1, target_n1)
     total_n1 = z_nV.exp_().sum(-1, keepdim=True)
-    return (total_n1.log() - picked_n1)[asked_n1].sum(), asked_n1, target_n1, total_n1
+    return ((total_n1.log() - picked_n1) * weight_n1).sum(), weight_n1, target_n1, total_n1
 
 
 def _below_zero_(z_nV: Tensor) -> Tensor:

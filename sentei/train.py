@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from sentei.atomic import replacing
 
 Batch = dict[str, Tensor]
-"""Model inputs plus "targets": what each position (or row) should predict, already shifted; -100: nothing is asked."""
+"""Model inputs plus "targets": what each position (or row) should predict, already shifted; -100: nothing is asked. A
+language model's may have "weights", how much each target counts in the mean; without them all count alike."""
 Batches = Callable[[int], Batch]
 LossFunction = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """(model, batch) -> scalars; "loss", the mean over the batch's targets, is differentiated, the others only recorded."""
@@ -180,6 +181,12 @@ def causal_batch(ids_BT: Tensor, mask_BT: Tensor | None = None, answer_BT: Tenso
             targets_BT[:, :-1][~allowed_BT[:, 1:].bool()] = IGNORE
     batch = {"input_ids": ids_BT, "targets": targets_BT}
     return batch if mask_BT is None else batch | {"attention_mask": mask_BT}
+
+
+def mass(batch: Batch) -> float:
+    """What a batch counts for beside others in a mean over targets: their number, or the sum of their weights."""
+    asked = batch["targets"] != IGNORE
+    return float(batch["weights"][asked].sum()) if "weights" in batch else float(asked.sum())
 
 
 def masked_batch(ids_BT: Tensor, tokenizer: Any, *, seed: int, probability: float = 0.15) -> Batch:
@@ -400,13 +407,15 @@ def _gradients(
 ) -> tuple[dict[str, float], int]:
     """Accumulate the gradient of the mean loss over all targets of a step; the losses' means and the target count."""
     micro = [{name: x.to(device) for name, x in batches(n).items()} for n in numbers]
-    counts = [int((batch["targets"] != IGNORE).sum()) for batch in micro]
-    total = int(accelerator.reduce(torch.tensor(sum(counts), device=device), "sum"))  # pyright: ignore[reportArgumentType]
-    if not total:
+    asked = sum(int((batch["targets"] != IGNORE).sum()) for batch in micro)
+    asked = int(accelerator.reduce(torch.tensor(asked, device=device), "sum"))  # pyright: ignore[reportArgumentType]
+    if not asked:
         raise ValueError("a whole training step holds no target; check the labels (-100 means: do not learn this)")
+    masses = [mass(batch) for batch in micro]
+    whole = float(accelerator.reduce(torch.tensor(sum(masses), device=device), "sum"))  # pyright: ignore[reportArgumentType]
     sums: dict[str, Tensor] = {}
-    for n, batch, count in zip(numbers, micro, counts, strict=True):
-        share = count / total
+    for n, batch, part in zip(numbers, micro, masses, strict=True):
+        share = part / whole
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(mix(seed, "dropout", n))
             with accelerator.no_sync(objective) if n != numbers[-1] else nullcontext():
@@ -417,7 +426,7 @@ def _gradients(
         for name, value in parts.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() * share
     means = {name: float(accelerator.reduce(value, "sum")) for name, value in sums.items()}  # pyright: ignore[reportArgumentType]
-    return means, total
+    return means, asked
 
 
 def _digest(model: nn.Module, trained: dict[str, nn.Parameter], settings: Settings, fingerprint: str) -> str:

@@ -444,6 +444,8 @@ def test_masks_that_differ_between_processes_stop_the_run(monkeypatch):
         ({"seq_len": 2}, "seq_len"),
         ({"alpha": -1.0}, "alpha must not be below 0"),
         ({"lora_dropout": 2.0}, "lora_dropout is a fraction"),
+        ({"loss_on": "response", "prompt_loss_weight": 2.0}, "prompt_loss_weight is a fraction"),
+        ({"prompt_loss_weight": 0.1}, "prompt_loss_weight goes with loss_on=response"),
         ({"compensate": "mean"}, "compensate is one of"),
         ({"compensate": "least-squares", "units": "head-dims+channels"}, "use units groups"),
         ({"compensate": "least-squares", "zeroing": "beta"}, "dropped rows at zero"),

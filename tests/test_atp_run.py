@@ -431,6 +431,22 @@ def test_nearness_to_the_dense_model_is_on_all_tokens_of_a_row(loss, words, exam
     assert (response["slice_tokens"] == full["slice_tokens"]) == (loss == "kl")
 
 
+def test_prompts_may_count_less_than_responses(words, examples):
+    """A weight of 1 is the loss on everything; the best step is chosen by responses all the same."""
+    made = {}
+    for name, fields in {
+        "full": {}, "as much": {"loss_on": "response", "prompt_loss_weight": 1.0},
+        "less": {"loss_on": "response", "prompt_loss_weight": 0.1}, "response": {"loss_on": "response"},
+    }.items():  # fmt: skip
+        made[name] = short(steps=4, eval_every=None, **fields).compress(toy(), words, examples)
+    ce = {name: [entry["ce"] for entry in record["history"]] for name, record in made.items()}
+    assert ce["as much"] == pytest.approx(ce["full"], abs=1e-5)
+    assert made["as much"]["validation_loss"] != pytest.approx(made["full"]["validation_loss"], abs=1e-3)
+    first = {name: values[0] for name, values in ce.items()}
+    assert min(first["full"], first["response"]) < first["less"] < max(first["full"], first["response"])
+    assert made["less"]["lora_tokens"] == made["full"]["lora_tokens"] > made["response"]["lora_tokens"]
+
+
 def test_another_cut_than_the_masks_is_refused(words, examples, monkeypatch):
     def other(self, model, units, keep_U):
         of = units.of(0, "channels")

@@ -114,6 +114,16 @@ def test_the_end_is_learned_where_pad_is_end(words):
         assert learned == (length - 1 if loss_on == "full" else length - start)
 
 
+def test_a_prompts_tokens_can_count_less(words):
+    encoded = prompts.encode(rows(RESPONSE, SUMMARY), Template(words), 300)
+    batch = prompts.collate(encoded, [0, 1], pad=0, loss_on="response", prompt_loss_weight=0.25)
+    full, response = (prompts.collate(encoded, [0, 1], pad=0, loss_on=on)["targets"] for on in ("full", "response"))
+    assert torch.equal(batch["targets"], full)
+    asked, answers = full != -100, response != -100
+    assert bool((batch["weights"][answers] == 1).all()) and bool((batch["weights"][asked & ~answers] == 0.25).all())
+    assert bool(answers.any()) and bool((asked & ~answers).any())
+
+
 def test_a_prompt_is_on_one_side_only():
     given = rows(
         *[RESPONSE | {"prompt": f"p {i % 40}"} for i in range(120)],

@@ -383,6 +383,48 @@ def test_chunks_equal_whole_logits(blocks, tied, temperature, chunk):
         assert torch.allclose(ours[name], p.grad, atol=1e-6), name
 
 
+@pytest.mark.parametrize("chunk", [7, 4096])
+def test_targets_have_weights(blocks, chunk):
+    """The cross-entropy is the weighted mean, whether it is differentiated or not; the divergence knows no weights."""
+    student, teacher = tiny(), tiny(seed=1).eval()
+    weights = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(0))
+    batch = causal_batch(blocks) | {"weights": weights}
+    parts = distill.Distillation(teacher, 2.0, ce_weight=0.3, kl_weight=0.9, chunk=chunk)(student, batch)
+    parts["loss"].backward()
+    ours = student.lm_head.weight.grad.clone()
+    student.zero_grad()
+    logits = student(input_ids=blocks).logits[:, :-1]
+    each = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), reduction="none")
+    ce = (each * weights[:, :-1].flatten()).sum() / weights[:, :-1].sum()
+    with torch.no_grad():
+        expected = teacher(input_ids=blocks).logits[:, :-1]
+    (0.3 * ce + 0.9 * distill.kl(logits, expected, 2.0)).backward()
+    assert parts["ce"].item() == pytest.approx(ce.item(), abs=1e-5)
+    assert torch.allclose(ours, student.lm_head.weight.grad, atol=1e-6)
+    assert distill.held_out(student, [batch], "fp32")["ce"] == pytest.approx(ce.item(), abs=1e-5)
+
+
+def test_micro_batches_count_by_their_weights(blocks):
+    """Accumulated, and held out, as one large batch."""
+    weights = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(0))
+    weights[:2] *= 10
+    batch = causal_batch(blocks) | {"weights": weights}
+    whole, halves = (
+        {name: x[:4] for name, x in batch.items()},
+        [{name: x[at : at + 2] for name, x in batch.items()} for at in (0, 2)],
+    )
+    ends = []
+    for batches, accumulate in ((lambda n: whole, 1), (halves.__getitem__, 2)):
+        model = tiny()
+        settings = Settings(lr=1e-2, steps=1, accumulate=accumulate, precision="fp32")
+        (step,) = list(train(model, batches, distill.Distillation(), settings))
+        ends.append((step.losses["ce"], step.tokens, model.lm_head.weight.detach()))
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5) and ends[0][1] == ends[1][1] == 4 * 15
+    assert torch.allclose(ends[0][2], ends[1][2], atol=1e-5)
+    held = [distill.held_out(tiny(), of, "fp32")["ce"] for of in ([whole], halves)]
+    assert held[0] == pytest.approx(held[1], abs=1e-5)
+
+
 def test_padding_is_not_learnt_from(blocks):
     """What stands on the padding changes neither the losses nor a gradient."""
     mask = torch.ones_like(blocks)

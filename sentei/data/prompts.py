@@ -224,7 +224,9 @@ def encode(rows: Sequence[Row], template: Template, seq_len: int) -> Encoded:
     return Encoded(made.ids, made.start, made.kept, dropped, cut)
 
 
-def collate(encoded: Encoded, chosen: Sequence[int], *, pad: int, loss_on: str = "full") -> Batch:
+def collate(
+    encoded: Encoded, chosen: Sequence[int], *, pad: int, loss_on: str = "full", prompt_loss_weight: float = 0.0
+) -> Batch:
     """A batch of rows, padded on the right.
 
     Labels are left out by the attention mask, never by the pad token's id: where pad and end of text are the same
@@ -232,6 +234,7 @@ def collate(encoded: Encoded, chosen: Sequence[int], *, pad: int, loss_on: str =
 
     Args:
         loss_on: "full", prompt and response; "response", its end included.
+        prompt_loss_weight: of a token of the prompt, where one of the response has 1 and the loss is on the response.
     """
     width = max(len(encoded.ids[i]) for i in chosen)
     ids_BT = torch.full((len(chosen), width), pad)
@@ -242,7 +245,11 @@ def collate(encoded: Encoded, chosen: Sequence[int], *, pad: int, loss_on: str =
         ids_BT[place, :length] = torch.tensor(encoded.ids[i])
         mask_BT[place, :length] = 1
         answer_BT[place, encoded.start[i] : length] = True
-    return causal_batch(ids_BT, mask_BT, answer_BT if loss_on == "response" else None)
+    if loss_on == "full" or not prompt_loss_weight:
+        return causal_batch(ids_BT, mask_BT, answer_BT if loss_on == "response" else None)
+    weights_BT = torch.full(ids_BT.shape, prompt_loss_weight)
+    weights_BT[:, :-1][answer_BT[:, 1:]] = 1.0  # targets are a token ahead
+    return causal_batch(ids_BT, mask_BT) | {"weights": weights_BT}
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -107,6 +107,12 @@ class ATP:
     seq_len: int = option(512, "tokens per row; prompts are cut to fit, responses never", OURS)
     template: str = option("plain", "plain, or chat: the tokenizer's own chat template", OURS)
     loss_on: str = option("full", "tokens that LoRA learns: full, of prompt and response, or response alone", CODE)
+    prompt_loss_weight: float = option(
+        0.0,
+        "with loss_on=response, what a token of a prompt counts beside 1 of a response: 0.01 to 0.1 where responses "
+        "are a word or two",
+        "arXiv 2401.13586",
+    )
     lora_rank: int = option(8, "rank r of the adapters", CODE)
     lora_alpha: int | None = option(None, "the adapters' product is scaled by alpha / r; none: r", CODE)
     lora_dropout: float = option(0.1, "on the adapters' input", CODE)
@@ -296,7 +302,9 @@ class ATP:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0; got {value}")
-        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight", "correction"):
+        if self.prompt_loss_weight and self.loss_on == "full":
+            raise ValueError("loss_on=full counts every token alike; prompt_loss_weight goes with loss_on=response")
+        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight", "correction", "prompt_loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a fraction, from 0 to 1; got {getattr(self, name)}")
         if self.mask == "learned" and not 0 < self.control_fraction < 1:
@@ -530,7 +538,9 @@ class ATP:
         chosen_on = "validation" if len(validation) else "slice" if len(slice) and not self.shares_rows else "train"
         held_out = {"validation": validation, "slice": slice, "train": train}[chosen_on]
         pad = prompts.pad_id(tokenizer)
-        data = Data(train, slice, held_out, text_NT, None, pad, self.loss_on, batch_size, steps, digest)
+        data = Data(
+            train, slice, held_out, text_NT, None, pad, self.loss_on, self.prompt_loss_weight, batch_size, steps, digest
+        )
         counts = {
             "rows": {"lora": len(train), "generator": len(slice), "validation": len(validation)},
             "rows_dropped": sum(part.dropped for part in parts),

@@ -17,7 +17,7 @@ from sentei.distill import Distillation
 from sentei.masks import Fill
 from sentei.methods.atp.ranks import summed
 from sentei.methods.atp.wiring import MaskBook
-from sentei.train import IGNORE, Batch, Batches, autocast, evaluating
+from sentei.train import IGNORE, Batch, Batches, autocast, evaluating, mass
 
 
 def mask_gradient(
@@ -38,26 +38,31 @@ def mask_gradient(
 
     Args:
         mask_U: hard or soft, any device.
-        micro: this process's micro-batches, weighted by their targets.
+        micro: this process's micro-batches, each as heavy as its targets.
         loss: None is cross-entropy; of one with a teacher, "kl" is among the losses.
         fill: what stands in for masked units.
     """
     device = next(model.parameters()).device
     moved = [{name: x.to(device) for name, x in batch.items()} for batch in micro]
-    counts = [int((batch["targets"] != IGNORE).sum()) for batch in moved]
-    total = int(summed(torch.tensor(float(sum(counts)))))
+    asked = sum(int((batch["targets"] != IGNORE).sum()) for batch in moved)
+    masses = [mass(batch) for batch in moved]
+    whole = float(summed(torch.tensor(sum(masses))))
     leaf_U = mask_U.detach().to(device).requires_grad_()
     gradient_U, losses = torch.zeros(len(mask_U)), dict[str, Tensor]()
     with _inference_mode_of_modules(model, checkpointing):
-        for batch, count in zip(moved, counts, strict=True):
+        for batch, part in zip(moved, masses, strict=True):
             with book.using("full", leaf_U, fill):
                 with autocast(precision, device):
                     found = (loss or Distillation())(model, batch)
-                (grad_U,) = torch.autograd.grad(found["loss"] * (count / total), leaf_U)
+                (grad_U,) = torch.autograd.grad(found["loss"] * (part / whole), leaf_U)
             gradient_U += grad_U.float().cpu()
             for name, value in found.items():
-                losses[name] = losses.get(name, torch.zeros(())) + value.detach().float().cpu() * (count / total)
-    return {name: float(summed(value)) for name, value in losses.items()}, summed(gradient_U), total
+                losses[name] = losses.get(name, torch.zeros(())) + value.detach().float().cpu() * (part / whole)
+    return (
+        {name: float(summed(value)) for name, value in losses.items()},
+        summed(gradient_U),
+        int(summed(torch.tensor(float(asked)))),
+    )
 
 
 def taylor(

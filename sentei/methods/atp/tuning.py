@@ -68,16 +68,22 @@ class Data:
     near_U: Tensor | None
     pad: int
     loss_on: str
+    prompt_loss_weight: float
     batch_size: int
     steps: int
     fingerprint: str
 
     def batches(self, of: prompts.Encoded, seed: int) -> Batches:
         rows = torch.arange(len(of))[:, None]
-        return shuffled(rows, self.batch_size, seed=seed, make=lambda chosen, n: self.batch(of, chosen[:, 0].tolist()))
 
-    def batch(self, of: prompts.Encoded, chosen: list[int]) -> Batch:
-        return prompts.collate(of, chosen, pad=self.pad, loss_on=self.loss_on)
+        def make(chosen: Tensor, n: int) -> Batch:
+            return self.batch(of, chosen[:, 0].tolist(), self.prompt_loss_weight)
+
+        return shuffled(rows, self.batch_size, seed=seed, make=make)
+
+    def batch(self, of: prompts.Encoded, chosen: list[int], prompt_loss_weight: float = 0.0) -> Batch:
+        """Rows to learn from, or without that weight to choose the best step by."""
+        return prompts.collate(of, chosen, pad=self.pad, loss_on=self.loss_on, prompt_loss_weight=prompt_loss_weight)
 
 
 class Tuning:
