@@ -12,6 +12,7 @@
     random-mask       the same with random units
     atp-ours          the method as it is by default: from what policy gradient's search keeps the mask is sought that
                       is nearest to the dense model; least squares at the freeze, then LoRA on all rows
+    atp-ours-healed   the same, distilled from a dense-LoRA model at the end
     atp-flap          the same from FLAP scores, every layer alike, with half of the steps for the mask
     atp-kl            LoRA learns on the dense model while that mask is sought, from a start by Taylor scores
     atp, atp-healed   in the paper's form, as all that follow; healed: distilled from a dense-LoRA model at the end
@@ -66,8 +67,8 @@ from sentei.train import resolve_precision
 TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit")
 METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-ours")
 MORE = (
-    "atp-flap", "atp-kl", "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit", *TWO_STAGE[3:],
-    "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
+    "atp-ours-healed", "atp-flap", "atp-kl", "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit",
+    *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
 # Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
@@ -188,6 +189,7 @@ def make(
         "atp": paper,
         "atp-healed": paper | {"heal_steps": args.heal_steps},
         "atp-ours": {},
+        "atp-ours-healed": {"heal_steps": args.heal_steps},
         "atp-flap": {"start": "flap", "control_fraction": 0.5},
         "atp-kl": {"start": "taylor", "lora_on": "dense", "control_fraction": 0.25},
         "atp-near": paper | {"start": "taylor"},

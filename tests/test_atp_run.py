@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import conftest
@@ -336,7 +337,6 @@ def test_a_refit_comes_by_itself_where_it_can():
     for fields in (
         {"units": "head-dims+channels"},
         {"zeroing": "beta"},
-        {"heal_steps": 5},
         {"mask": "taylor"},
         {"mask": "none"},
         {"mask": "none", "compensate": "least-squares"},
@@ -525,13 +525,28 @@ def test_sharded_weights_are_refused(name, words, examples, monkeypatch):
     assert_plain(model)
 
 
-@pytest.mark.parametrize("mask", ["learned", "taylor"])
-def test_healing_by_the_tuned_dense_model(mask, words, examples, tmp_path):
-    how = short(heal_steps=4, mask=mask)
+@pytest.mark.parametrize(("mask", "compensate"), [("learned", "none"), ("taylor", "none"), ("taylor", "least-squares")])
+def test_healing_by_the_tuned_dense_model(mask, compensate, words, examples, tmp_path, monkeypatch):
+    """The teacher has the weights that it was tuned on, whatever the masked model's were refitted to."""
+    from sentei.methods.atp import refit
+
+    how = short(heal_steps=4, mask=mask, compensate=compensate)
     whole, killed, resumed = toy(), toy(), toy()
+    plain, taught = weights(whole), []
+    undone = refit.Refit.undone
+
+    @contextmanager
+    def watched(self):
+        with undone(self):
+            now = {name.replace(".base_layer", ""): p for name, p in self.model.named_parameters()}
+            taught.append(all(torch.equal(p, now[name].to(p.dtype)) for name, p in plain.items()))
+            yield
+
+    monkeypatch.setattr(refit.Refit, "undone", watched)
     record = how.compress(whole, words, examples)
     assert record["heal"]["tokens"] > 0 and record["cut_against_masked"] <= 1e-4
     assert record["heal"]["teacher_tokens"] == record["lora_tokens"]  # dense, but of the same rows and steps
+    assert record["compensate"] == compensate and len(taught) == 4 and all(taught)
     assert_plain(whole)
 
     def kill(event):

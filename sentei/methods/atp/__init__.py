@@ -174,7 +174,7 @@ class ATP:
         "auto",
         "none; least-squares: dropped rows are zero at the freeze, and o_proj and down_proj are refitted on training "
         "rows to do without them, unless held-out rows are worse off with a learned mask so refitted; auto: "
-        "least-squares for a learned mask over whole heads, without heal_steps and zeroing=beta",
+        "least-squares for a learned mask over whole heads, without zeroing=beta",
         OURS,
     )
     refit_tokens: int | None = option(
@@ -214,8 +214,7 @@ class ATP:
     def refits(self) -> bool:
         """Is there a least-squares refit at the freeze?"""
         if self.compensate == "auto":
-            able = self.units == "groups+channels" and self.zeroing != "beta" and not self.heal_steps
-            return able and self.mask == "learned"
+            return self.units == "groups+channels" and self.zeroing != "beta" and self.mask == "learned"
         return self.compensate == "least-squares" and self.mask != "none"
 
     # --- what the house asks of a structural method ---------------------------------------------------------------
@@ -291,11 +290,8 @@ class ATP:
         if self.compensate == "least-squares":
             if self.units != "groups+channels":
                 raise ValueError("compensate refits linears that read whole heads; use units groups+channels")
-            if self.zeroing == "beta" or self.heal_steps:
-                raise ValueError(
-                    "compensate needs dropped rows at zero when the mask is frozen (zeroing=beta), and changes the "
-                    "dense weights that the teacher of heal_steps shares: leave both"
-                )
+            if self.zeroing == "beta":
+                raise ValueError("compensate needs dropped rows at zero when the mask is frozen; leave zeroing=beta")
         positive = ("accumulate", "lora_rank", "lr", "generator_lr", "temperature", "control_every", "round_channels",
                     "round_pairs", "round_values", "eval_rows", "save_every", "epochs", "heal_temperature")  # fmt: skip
         for name in (*positive, "steps", "batch_size", "lora_alpha", "eval_every", "refit_tokens"):
@@ -597,7 +593,7 @@ class ATP:
 
     def _heal(self, run: Tuning, model: Any, book: wiring.MaskBook, report: Progress | None) -> dict[str, Any]:
         before, tokens = run.held_loss(), 0
-        teacher = wiring.Teacher(model, book, "teacher")
+        teacher = wiring.Teacher(model, book, "teacher", run.refit.undone)
         steps = heal(run, teacher, self.heal_steps, weight=self.heal_weight, temperature=self.heal_temperature)
         for step in steps:
             tokens = step.tokens

@@ -7,6 +7,8 @@ of the same rows, and leaves LoRA the rest. Dropped rows of the adapters must be
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +95,18 @@ class Refit:
         for linear, weight, bias in self._old.values():
             linear.weight, linear.bias = weight, bias
         self._old = {}
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Inside the block the model has its old weights."""
+        new = [(linear, linear.weight, linear.bias) for linear, *_ in self._old.values()]
+        for linear, weight, bias in self._old.values():
+            linear.weight, linear.bias = weight, bias
+        try:
+            yield
+        finally:
+            for linear, weight, bias in new:
+                linear.weight, linear.bias = weight, bias
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"{name}.weight": linear.weight.data for name, (linear, *_) in self._old.items()}

@@ -5,8 +5,8 @@ Shape legend: U units, R rows of a linear's output or columns of its input, H hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -387,17 +387,18 @@ class Teacher(nn.Module):
 
     Args:
         adapter: by name; None: without any, as it was before it was tuned.
+        base: inside it the base has the dense model's weights, where they were refitted.
     """
 
     base_model_prefix = "switched"
 
-    def __init__(self, model: Any, book: MaskBook, adapter: str | None):
+    def __init__(self, model: Any, book: MaskBook, adapter: str | None, base: Callable[[], Any] = nullcontext):
         super().__init__()
         self.__dict__.update(model=model, book=book, adapter=adapter)
         self.config = model.config
 
         def switched(**inputs: Tensor) -> Any:
-            with with_adapter(model, adapter), evaluating(model), book.using("off"):
+            with base(), with_adapter(model, adapter), evaluating(model), book.using("off"):
                 return structure.base_model(model)(**inputs)
 
         self.__dict__["switched"] = switched
