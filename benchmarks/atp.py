@@ -139,8 +139,8 @@ def method_of(args: argparse.Namespace, sparsity: float, seed: int) -> ATP:
     return ATP(
         sparsity=sparsity, steps=args.steps, batch_size=args.batch_size, seq_len=args.seq_len, template=args.template,
         loss_on=args.loss_on, prompt_loss_weight=args.prompt_loss_weight or 0.0, seed=seed, patience=0, lr=args.lr,
-        lora_rank=args.rank, eval_rows=args.eval_rows, slice_rows=args.slice_rows, control_every=args.control_every,
-        refit_tokens=args.calibration * args.seq_len,
+        final_lr=1.0 if args.final_lr is None else args.final_lr, lora_rank=args.rank, eval_rows=args.eval_rows,
+        slice_rows=args.slice_rows, control_every=args.control_every, refit_tokens=args.calibration * args.seq_len,
     )  # fmt: skip
 
 
@@ -474,6 +474,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loss-on", default="full")
     parser.add_argument("--prompt-loss-weight", type=float, help="of a token, with --loss-on response")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--final-lr", type=float, help="part of --lr that a cosine leaves at the end; default 1")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--generator-lr", type=float, default=1e-3, help="of the paper's form")
     parser.add_argument("--control-every", type=int, default=1)

@@ -447,6 +447,26 @@ def test_prompts_may_count_less_than_responses(words, examples):
     assert made["less"]["lora_tokens"] == made["full"]["lora_tokens"] > made["response"]["lora_tokens"]
 
 
+def test_the_rate_may_fall(words, examples, monkeypatch):
+    from sentei.methods.atp import healing, tuning
+
+    rates = []
+
+    def watched(*args, **fields):
+        for step in train(*args, **fields):
+            rates.append(step.lr)
+            yield step
+
+    monkeypatch.setattr(tuning, "train", watched)
+    monkeypatch.setattr(healing, "train", watched)
+    for final_lr in (1.0, 0.1):
+        short(steps=8, heal_steps=8, final_lr=final_lr, lr=1e-3, eval_every=None).compress(toy(), words, examples)
+    assert rates[:24] == [1e-3] * 24  # the teacher's, the masked model's and those of healing
+    for start in (24, 32, 40):
+        fallen = rates[start : start + 8]
+        assert fallen == sorted(fallen, reverse=True) and 1e-3 > fallen[0] > 9e-4 and 1e-4 < fallen[-1] < 2e-4
+
+
 def test_another_cut_than_the_masks_is_refused(words, examples, monkeypatch):
     def other(self, model, units, keep_U):
         of = units.of(0, "channels")

@@ -116,7 +116,8 @@ class ATP:
     lora_rank: int = option(8, "rank r of the adapters", CODE)
     lora_alpha: int | None = option(None, "the adapters' product is scaled by alpha / r; none: r", CODE)
     lora_dropout: float = option(0.1, "on the adapters' input", CODE)
-    lr: float = option(1e-4, "learning rate of LoRA, constant", CODE)
+    lr: float = option(1e-4, "learning rate of LoRA", CODE)
+    final_lr: float = option(1.0, "what a cosine leaves of it at the end; 1: constant, as in the authors' code", CODE)
     weight_decay: float = option(0.01, "of LoRA", CODE)
     clip: float = option(1.0, "largest gradient norm of LoRA; 0 does not clip", CODE)
     generator_lr: float = option(1e-2, "learning rate of the generator; 1e-3 in the authors' code, from dense", OURS)
@@ -300,7 +301,8 @@ class ATP:
                 raise ValueError(f"{name} must be above 0; got {value}")
         if self.prompt_loss_weight and self.loss_on == "full":
             raise ValueError("loss_on=full counts every token alike; prompt_loss_weight goes with loss_on=response")
-        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight", "correction", "prompt_loss_weight"):
+        for name in ("lora_dropout", "control_fraction", "ramp", "heal_weight", "correction", "prompt_loss_weight",
+                     "final_lr"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a fraction, from 0 to 1; got {getattr(self, name)}")
         if self.mask == "learned" and not 0 < self.control_fraction < 1:

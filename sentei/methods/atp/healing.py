@@ -24,9 +24,9 @@ def heal(
     """
     method, keep_U = tuning.method, tuning._keep()
     settings = Settings(
-        lr=method.lr, steps=steps, final_lr=1.0, warmup=0.0, weight_decay=method.weight_decay, betas=(0.9, 0.999),
-        clip=method.clip, accumulate=method.accumulate, precision=method.precision, checkpointing=method.checkpointing,
-        save_every=method.save_every, seed=mix(method.seed, "heal") % 2**31,
+        lr=method.lr, steps=steps, final_lr=method.final_lr, warmup=0.0, weight_decay=method.weight_decay,
+        betas=(0.9, 0.999), clip=method.clip, accumulate=method.accumulate, precision=method.precision,
+        checkpointing=method.checkpointing, save_every=method.save_every, seed=mix(method.seed, "heal") % 2**31,
     )  # fmt: skip
     folder = tuning.workdir / "heal" if tuning.workdir else None
     tuning.adapters.lock(keep_U)

@@ -165,7 +165,7 @@ class Tuning:
         settings = Settings(
             lr=method.lr,
             steps=self.data.steps,
-            final_lr=1.0,
+            final_lr=method.final_lr,
             warmup=0.0,
             weight_decay=method.weight_decay,
             betas=(0.9, 0.999),
