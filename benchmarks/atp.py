@@ -393,6 +393,19 @@ def left_out(table: dict[str, Any], guess: Guess) -> list[str]:
     return found
 
 
+def learned(table: dict[str, Any]) -> str:
+    """What LoRA's loss was on, how its rate went, and what some rows had on top."""
+    settings = table["settings"]
+    words = {"full": "loss on all tokens", "response": "loss on the response"}[settings["loss_on"]]
+    if weight := settings.get("prompt_loss_weight"):
+        words += f", a token of the prompt counting {weight:g}"
+    if (rest := settings.get("final_lr")) is not None:
+        words += f", a rate that falls to {rest:g} of itself"
+    for steps in sorted({row["heal"]["steps"] for row in table["rows"] if "heal" in row}):
+        words += f"; healed: {steps} steps more, taught by dense LoRA"
+    return words
+
+
 def markdown(table: dict[str, Any]) -> str:
     """One line per sparsity and method, mean and spread over seeds, and what the machine was asked."""
     names = list(headline(table["rows"][0]))
@@ -401,13 +414,10 @@ def markdown(table: dict[str, Any]) -> str:
     most = [f"{name} {base:.3f}" for name in names if (base := majority(name, first, data["answers"]))]
     words = [f"chance {', '.join(told)}"] if told else ["ROUGE of greedy answers"]
     words += [f"commonest answer {', '.join(most)}"] if most else []
-    learned = {"full": "all of them", "response": "the response"}[settings["loss_on"]]
-    if weight := settings.get("prompt_loss_weight"):
-        learned += f", a token of the prompt counts {weight:g}"
     head = [
         f"{table['model']['name']}, {table['dtype']}, {table['machine']}. {data['name']}: {data['train']} training "
         f"rows, {data['test']} test rows, {'; '.join(words)}; {settings['steps']} LoRA steps of "
-        f"{settings['batch_size']} rows of at most {settings['seq_len']} tokens, loss on {learned}. "
+        f"{settings['batch_size']} rows of at most {settings['seq_len']} tokens, {learned(table)}. "
         "Recovered: percent of dense LoRA's scores, of their part above chance, and above the commonest answer. "
         "Perplexity: of responses; domain perplexity: of prompts and responses.",
         "",

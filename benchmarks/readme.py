@@ -229,10 +229,8 @@ def best_domain(table: dict[str, Any]) -> str:
     title = (
         f"**Tuned and cut for a domain**, {table['model']['name']}, {table['data']['name']}: {table['data']['test']} "
         f"test rows; {how['steps']} LoRA steps each, of the same rank on the same rows, searched for and refitted on "
-        f"{how['calibration'] * how['seq_len']:,} tokens{', loss on the response' * (how['loss_on'] == 'response')}:"
+        f"{how['calibration'] * how['seq_len']:,} tokens, {atp.learned(table)}:"
     )
-    if weight := how.get("prompt_loss_weight"):
-        title = title.replace("the response:", f"the response, a prompt's token counting {weight:g}:")
     lines = []
     made = dict.fromkeys((row["sparsity"], row["method"]) for row in rows)
     for sparsity, method in sorted(made, key=lambda pair: pair[0]):

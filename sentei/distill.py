@@ -153,7 +153,7 @@ def _logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Te
 class Distillation:
     """ce_weight * cross-entropy + kl_weight * t^2 KL(teacher || student), means over a batch's targets.
 
-    The cross-entropy's mean is weighted where the batch has weights.
+    The cross-entropy's mean is weighted where the batch has weights, the divergence's never.
 
     A loss function for `sentei.train.train`: call it with the student and a batch; it returns "loss", "ce" and, with a
     teacher, "kl". The teacher sees the same inputs, in inference mode; give it in eval mode.

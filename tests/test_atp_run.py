@@ -333,7 +333,7 @@ def test_the_papers_form_by_one_word():
 
 
 def test_a_refit_comes_by_itself_where_it_can():
-    assert ATP().refits and ATP(compensate="least-squares", mask="taylor").refits
+    assert ATP().refits and ATP(heal_steps=5).refits and ATP(compensate="least-squares", mask="taylor").refits
     for fields in (
         {"units": "head-dims+channels"},
         {"zeroing": "beta"},

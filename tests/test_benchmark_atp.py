@@ -84,7 +84,8 @@ def test_each_score_stands_by_itself(table):
 
 def test_markdown(table):
     rows = [made("dense-lora", 0.552, 0.4, 0.0), made("atp", 0.5, 0.3, lora_tokens=10, slice_tokens=5)]
-    rows += [made("atp-healed", 0.5, 0.3, lora_tokens=10, slice_tokens=5, heal={"tokens": 3, "teacher_tokens": 10})]
+    heal = {"steps": 2, "tokens": 3, "teacher_tokens": 10}
+    rows += [made("atp-healed", 0.5, 0.3, lora_tokens=10, slice_tokens=5, heal=heal)]
     overhead = [{n: {"seconds": s, "peak_mb": 100 + s, "loaded_mb": 100} for n, s in (("dense-lora", 2), ("atp", 5))}]
     page = table.markdown(
         {
@@ -99,6 +100,7 @@ def test_markdown(table):
     )
     lines = page.splitlines()
     assert "chance accuracy 0.333, macro_f1 0.306; commonest answer accuracy 0.552, macro_f1 0.237" in lines[0]
+    assert "loss on all tokens; healed: 2 steps more, taught by dense LoRA. " in lines[0]
     assert lines[2].count("|") == lines[3].count("|") == lines[5].count("|")
     assert "| 2.50 | 17.25 |" in lines[5]
     assert lines[5].endswith("| 10 | 15 |") and lines[6].endswith("| 10 | 28 |")  # the teacher's tokens too

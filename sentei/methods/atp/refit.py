@@ -92,16 +92,18 @@ class Refit:
             setattr(linear, name.rpartition(".")[2], nn.Parameter(tensor.to(linear.weight), requires_grad=False))
 
     def undo(self) -> None:
+        self._put_back()
+        self._old = {}
+
+    def _put_back(self) -> None:
         for linear, weight, bias in self._old.values():
             linear.weight, linear.bias = weight, bias
-        self._old = {}
 
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Inside the block the model has its old weights."""
         new = [(linear, linear.weight, linear.bias) for linear, *_ in self._old.values()]
-        for linear, weight, bias in self._old.values():
-            linear.weight, linear.bias = weight, bias
+        self._put_back()
         try:
             yield
         finally:
