@@ -20,7 +20,7 @@
     atp-searched      the next row, its masks starting near what policy-gradient keeps, a quarter of the steps for them
     atp-refit, fixed-mask-refit       least squares at the freeze, on as many tokens as the rivals' calibration
     taylor-refit, wanda-refit         least squares after the cut, as policy gradient does by default
-    fixed-mask-healed the same teacher and tokens for the Taylor mask
+    fixed-mask-healed, policy-gradient-healed  the same teacher and tokens for the Taylor mask, for policy gradient's
     atp-last-sample, atp-threshold    the method with the final mask of the authors' code, or P(keep) >= 0.5
     atp-head-dims     the method inside heads
 
@@ -68,7 +68,8 @@ TWO_STAGE = ("taylor", "wanda", "policy-gradient", "taylor-refit", "wanda-refit"
 METHODS = ("dense", "dense-lora", *TWO_STAGE[:3], "fixed-mask", "random-mask", "atp", "atp-ours")
 MORE = (
     "atp-ours-healed", "atp-flap", "atp-kl", "atp-healed", "atp-near", "atp-searched", "atp-refit", "fixed-mask-refit",
-    *TWO_STAGE[3:], "fixed-mask-healed", "atp-last-sample", "atp-threshold", "atp-head-dims", "atp-uniform",
+    *TWO_STAGE[3:], "fixed-mask-healed", "policy-gradient-healed", "atp-last-sample", "atp-threshold", "atp-head-dims",
+    "atp-uniform",
 )  # fmt: skip
 WHOLE = ("dense", "dense-lora")
 # Arguments that choose rows of the table, or what is done with it; all others must be equal for all rows.
@@ -172,12 +173,12 @@ def make(
     searched = Path(args.out).with_suffix(".searched")
     if name in TWO_STAGE:
         found["prune_seconds"] = prune(name, sparsity, seed, small, tokenizer, examples.train, method, args)["seconds"]
-    elif name == "atp-searched":
+    elif name in ("atp-searched", "policy-gradient-healed"):
         pruned = copy.deepcopy(model)
         record = prune("policy-gradient", sparsity, seed, pruned, tokenizer, examples.train, method, args)
-        found["prune_seconds"] = record["seconds"]
+        found["prune_seconds"], mask = record["seconds"], record["kept"]
         searched.mkdir(exist_ok=True)
-        (searched / "compression.json").write_text(json.dumps({"stages": [{"record": {"kept": record["kept"]}}]}))
+        (searched / "compression.json").write_text(json.dumps({"stages": [{"record": {"kept": mask}}]}))
         del pruned
     paper = PAPER | {"generator_lr": args.generator_lr}
     refitted = paper | {"compensate": "least-squares"}
@@ -185,6 +186,12 @@ def make(
         "fixed-mask": {"mask": "taylor"},
         "fixed-mask-healed": {"mask": "taylor", "heal_steps": args.heal_steps},
         "fixed-mask-refit": {"mask": "taylor", "compensate": "least-squares"},
+        "policy-gradient-healed": {  # a generator that does not move leaves the mask as it was found
+            "start": str(searched),
+            "control_fraction": 1 / args.steps,
+            "generator_lr": 1e-12,
+            "heal_steps": args.heal_steps,
+        },
         "random-mask": {"mask": "random"},
         "atp": paper,
         "atp-healed": paper | {"heal_steps": args.heal_steps},
@@ -206,6 +213,8 @@ def make(
                 "freeze", "zeroing", "cut_against_masked", "cut_against_masked_absolute", "removed_of_prunable",
                 "validation_loss", "best_step", "heal", "warnings", "history")  # fmt: skip
         found |= {key: record[key] for key in kept if key in record}
+        if name == "policy-gradient-healed" and record["kept"] != mask:
+            raise ValueError("the mask is not policy gradient's any more")
     found["seconds"] = time.monotonic() - started
     total, layers = structure.total_parameters(model), structure.layer_parameters(model)
     found |= {

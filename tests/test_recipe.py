@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -368,6 +369,38 @@ def test_plan_counts_the_forwards(parent):
     assert "; 15 of them: about" in recipe.plan(parent, **widths)["time"]
     assert "; 11 of them: about" in recipe.plan(parent, reward="lm_loss", **widths)["time"]
     assert "calibration needs about 1 MB more; a backward pass comes on top" in refit["memory"]
+
+
+def test_plan_counts_what_learning_rows_takes(parent):
+    """A step is a forward and a backward, which counts as two, and with KL or a teacher one of the dense model more."""
+    rows = parent.parent / "rows.jsonl"
+    made = [{"prompt": f"say {i}", "response": f"{i} {i} {i}"} for i in range(400)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    atp = {"method": "atp", "data": str(rows), "seq_len": 32, "batch_size": 4, "steps": 16, "sparsity": 0.2}
+
+    def forwards(model=parent, **fields) -> int:
+        said = recipe.plan(model, **fields)["time"]
+        return int(said.partition("; ")[2].partition(" of them: about")[0].replace(",", ""))
+
+    assert forwards(**atp, mask="none") == 3 * 16
+    assert forwards(**atp, start="dense") == 3 * 16 + 4 * 4  # the generator has a quarter of the steps
+    assert forwards(**atp, start="dense", generator_loss="ce", control_every=2) == 3 * 16 + 3 * 2
+    assert forwards(**atp, start="dense", accumulate=2, heal_steps=8) == 2 * (2 * 3 * 16 + 4 * 4 + 4 * 8)
+    assert forwards(**atp) > 3 * 16 + 4 * 4 + 100  # a search for the widths first
+    epochs = {key: value for key, value in atp.items() if key != "steps"} | {"mask": "none", "epochs": 20}
+    train = int(recipe.plan(parent, **epochs)["data"].partition(": ")[2].partition(" rows")[0])
+    assert forwards(**epochs) == 3 * math.ceil(20 * train / 4)
+
+    labelled = parent.parent / "labels.jsonl"
+    labels = [{"text": f"text {i}", "label": ["no", "yes"][i % 2]} for i in range(400)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in labels))
+    task = {"data": str(labelled), "seq_len": 32, "batch_size": 4, "epochs": 2}
+    train = int(recipe.plan(parent, method="prune_peft", **task)["data"].partition(": ")[2].partition(" rows")[0])
+    assert forwards(method="prune_peft", **task) == round(3 * 1.3 * math.ceil(2 * train / 4))
+    transfer = {"method": "prune_once_transfer", "lock": False, **task}
+    assert forwards(**transfer) == 3 * 2 * math.ceil(train / 4)
+    taught = recipe.compress(parent, out=parent.parent / "taught", **transfer | {"epochs": 0.1})
+    assert forwards(**transfer, teacher=taught) == 4 * 2 * math.ceil(train / 4)
 
 
 def test_the_recipe_in_a_checkpoint_makes_it_again(parent):

@@ -39,7 +39,8 @@ class Method(Protocol):
 
     `reads` says what `compress` is given: "text" is a `data.Text`; "examples" is what the method's own
     `read(spec, text_field)` returns, a `data.examples.Examples`, and its `head(rows)` is then what the model is loaded
-    with: arguments of `checkpoint.load` such as {"task": "QuestionAnswering"}, or {}.
+    with: arguments of `checkpoint.load` such as {"task": "QuestionAnswering"}, or {}. How many forward passes it will
+    take, for a dry run: `forwards(rows, tokenizer, teacher=...)`.
 
     `saves` says what becomes of the model: "checkpoint", or "adapter" where its weights stay as they are and the
     record's "adapter" tells what was put in; `pages(record)` is then the text of files beside it. Where the record has

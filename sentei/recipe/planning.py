@@ -89,7 +89,8 @@ def plan(
     lines["time"] = f"{seconds:.2g} s for one forward of {batch} x {seq_len} tokens"
     if reward is not None:
         lines["time"] += f", {step:.2g} s for one reward"
-    lines["time"] += _estimate(job.method, loaded, units, seconds, step, block_NT.numel())
+    rows = (text, tokenizer, job.teacher is not None)
+    lines["time"] += _estimate(job.method, loaded, units, rows, seconds, step, block_NT.numel())
     lines["memory"] = f"{held / 1e6:,.0f} MB after one forward, {weights / 1e6:,.0f} MB of them the weights"
     lines["memory"] += _more_memory(job.method, loaded, units, job.teacher is not None)
     if out is not None:
@@ -127,6 +128,8 @@ def _blocks(method: Any, model: Any, tokenizer: Any, text: Any) -> Any:
 
     values = dataclasses.asdict(method)
     batch, seq_len = values.get("batch_size") or 8, values.get("seq_len") or values["calibration_seq_len"]
+    if hasattr(method, "pace"):
+        batch, _ = method.pace(len(text.train))
     is_text = type(method).reads == "text"
     if is_text and method.structural:
         run = method.start(model, tokenizer, text)
@@ -162,18 +165,46 @@ def _reward(method: Any, model: Any, tokenizer: Any, block_NT: Any) -> Callable[
     return lambda: function(model, reward.Batch(tokenizer, block_NT.device, examples=rows[: values["batch_size"]]))
 
 
-def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, tokens: int) -> str:
+def _estimate(
+    method: Any, model: Any, units: Any, rows: tuple[Any, Any, bool], forward: float, step: float, tokens: int
+) -> str:
     """How long all forwards will take.
 
     Args:
+        rows: what is read, the tokenizer, is there a teacher.
         forward: seconds of one of so many `tokens`.
         step: seconds of one in a search, which a reward may make longer.
     """
+    values, learns = dataclasses.asdict(method), hasattr(method, "forwards")
+    if values.get("minutes"):
+        return f"; about {values['minutes']:g} minutes, as asked"
+    if learns:
+        forwards, searched = _learning(method, model, units, rows, tokens), 0.0
+    else:
+        forwards, searched = _forwards(method, model, units, tokens)
+    if not forwards + searched:
+        return "; the method needs none" if "calibration_samples" in values else ""
+    minutes = (forwards * forward + searched * step) / 60
+    full = ", less where rows are shorter" if learns else ""
+    return f"; {forwards + searched:,.0f} of them: about {minutes:.1f} minutes{full}"
+
+
+def _learning(method: Any, model: Any, units: Any, rows: tuple[Any, Any, bool], tokens: int) -> float:
+    """Forwards of so many `tokens` that learning rows takes, and the search for a start of masks."""
+    text, tokenizer, teacher = rows
+    forwards = method.forwards(text, tokenizer, teacher=teacher)
+    if not method.structural or method.mask != "learned" or method.first_mask != "slopes":
+        return forwards
+    start = method.search(units)
+    own = start.batch_size * start.seq_len
+    return forwards + sum(_forwards(start, model, units, own)) * own / tokens
+
+
+def _forwards(method: Any, model: Any, units: Any, tokens: int) -> tuple[float, float]:
+    """How many of so many `tokens`: of the model alone, and of a search with its reward."""
     from sentei.methods.policy_gradient.levels import FAR
 
     values = dataclasses.asdict(method)
-    if values.get("minutes"):
-        return f"; about {values['minutes']:g} minutes, as asked"
     forwards, searched = 0.0, 0.0
     if units is not None and "calibration_samples" in values:
         whole = values["calibration_samples"] * values["calibration_seq_len"] / tokens
@@ -189,11 +220,7 @@ def _estimate(method: Any, model: Any, units: Any, forward: float, step: float, 
         searched += (1 + sweeps + steps / values["eval_every"]) * values["eval_samples"] / values["batch_size"]
     elif values.get("steps"):
         forwards += _TRAINING_STEP * values["steps"] * values.get("accumulate", 1)
-    forwards += _TRAINING_STEP * (values.get("heal_steps") or 0) * values.get("accumulate", 1)
-    if not forwards + searched:
-        return "; the method needs none" if "calibration_samples" in values else ""
-    minutes = (forwards * forward + searched * step) / 60
-    return f"; {forwards + searched:,.0f} of them: about {minutes:.1f} minutes"
+    return forwards + _TRAINING_STEP * (values.get("heal_steps") or 0) * values.get("accumulate", 1), searched
 
 
 def _passes(method: Any, model: Any, units: Any) -> dict[str, float]:

@@ -236,6 +236,20 @@ class ATP:
             return {"mask": self.mask}
         return {"mask": f"learned, from {self.first_mask}" + (", then a refit" if self.refits else "")}
 
+    def pace(self, rows: int) -> tuple[int, int]:
+        """Rows of a micro-batch and optimiser steps, where LoRA learns from so many rows."""
+        batch_size = self.batch_size or (20 if rows >= 5000 else max(4, rows // 250))
+        per_step = batch_size * self.accumulate * processes().num_processes
+        return batch_size, self.steps or max(math.ceil(self.epochs * rows / per_step), 500)
+
+    def forwards(self, rows: Examples, tokenizer: Any, *, teacher: bool) -> float:
+        """Forward passes of training, a backward counted as two; without the search for a start."""
+        num = len(rows.train) - self._slice_size(len(rows.train))
+        steps = self.pace(num)[1] * self.accumulate
+        decided = self.control_fraction * steps / self.control_every if self.mask == "learned" else 0.0
+        tuned = 3 * steps * (2 if self.heal_steps else 1)  # the teacher is tuned as long
+        return tuned + (4 if self.generator_loss == "kl" else 3) * decided + 4 * self.heal_steps * self.accumulate
+
     def select(self, score_U: Tensor, units: Units, scope: str = "global") -> Tensor:
         """The final choice, for any scores; refuses a budget that the floors do not allow."""
         if self.mask == "none":
@@ -454,23 +468,29 @@ class ATP:
             return self.start_mask(units)
         if workdir is not None and any((workdir / name).exists() for name in (LEAD, "train.pt")):
             return None  # a run that goes on has the generator's logits
-        length, cut = min(self.seq_len, SEARCH_LENGTH), max(1, len(texts) // 10)
+        cut = max(1, len(texts) // 10)
         text = Text(texts[cut:], texts[:cut], [], "rows", fingerprint(texts))
-        wanted = math.ceil((self.refit_tokens or TOKENS) / length)
-        search = load_method("policy_gradient")(
+        search = self.search(units)
+        found = blocks(text.train, tokenizer, search.seq_len, most=search.calibration_samples)
+        search = replace(search, calibration_samples=len(found))
+        run = search.start(model, tokenizer, text, workdir=workdir / "search" if workdir else None, report=report)
+        keep_U, _ = search.choose(run)
+        return structure.kept_mask(units, structure.kept(run.units, keep_U))
+
+    def search(self, units: Units) -> Any:
+        """The method that `start=slopes` takes its widths from, calibrated on as many tokens as the refit."""
+        length = min(self.seq_len, SEARCH_LENGTH)
+        return load_method("policy_gradient")(
             sparsity=self.sparsity * units.total / units.layer_parameters,
             compensate="mean" if self.refits else "none",
             round_to=self.round_channels,
-            calibration_samples=len(blocks(text.train, tokenizer, length, most=wanted)),
+            calibration_samples=math.ceil((self.refit_tokens or TOKENS) / length),
             calibration_seq_len=length,
             batch_size=SEARCH_BLOCKS,
             seq_len=length,
             eval_samples=2 * SEARCH_BLOCKS,
             seed=self.seed,
         )
-        run = search.start(model, tokenizer, text, workdir=workdir / "search" if workdir else None, report=report)
-        keep_U, _ = search.choose(run)
-        return structure.kept_mask(units, structure.kept(run.units, keep_U))
 
     def start_mask(self, units: Units) -> Tensor | None:
         """What the checkpoint that `start` names has kept of the same model, [U] bool; None where it names none.
@@ -522,9 +542,7 @@ class ATP:
         validation = prompts.encode(examples.validation, template, self.seq_len)
         if not len(train) or (self.mask == "learned" and not len(slice)):
             raise ValueError(f"{len(rows)} rows leave nothing to train on; add rows, or raise seq_len")
-        batch_size = self.batch_size or (20 if len(rest) >= 5000 else max(4, len(rest) // 250))
-        per_step = batch_size * self.accumulate * processes().num_processes
-        steps = self.steps or max(math.ceil(self.epochs * len(train) / per_step), 500)
+        batch_size, steps = self.pace(len(train))
         parts = (train, validation) if self.shares_rows else (train, slice, validation)
         texts = prompts.rows_as_text([rows[i] for i in rest], template)
         text_NT = torch.empty(0, 0, dtype=torch.long)

@@ -154,6 +154,11 @@ class PrunePEFT:
             fields["make"] = tasks.response_row(text_field, self.label_field)
         return examples.load(spec, kind=self.task, limit=self.limit, **fields)
 
+    def forwards(self, rows: examples.Examples, tokenizer: Any, *, teacher: bool) -> float:
+        """Forward passes of the search at its dearest and of training, a backward counted as two."""
+        batches = math.ceil(len(rows.train) * self.epochs / self.batch_size)
+        return 3 * batches * (1 + self.max_search_ratio + self.compare)
+
     def head(self, rows: examples.Examples) -> dict[str, Any]:
         """What the model is loaded with."""
         if rows.kind == "response":
